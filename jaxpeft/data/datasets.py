@@ -1,0 +1,545 @@
+"""One call per data set: texts or images with labels, in three splits that never change.
+
+    data = jaxpeft.data.load("r8")
+    data.train.inputs, data.train.labels        # 4,937 texts and their classes
+    data.validation, data.test                  # 548 and 2,189
+
+The validation part is held out of train once, stratified, by a seed of its own: runs with other training seeds see the
+same validation examples, so nothing is ever chosen on the test part or on examples that another run trained on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import difflib
+import io
+import itertools
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int, Int32, UInt8
+
+from jaxpeft.data import _raw
+from jaxpeft.data._files import cache_dir, locked, offline
+from jaxpeft.data._order import held_out, order
+from jaxpeft.data.assets import fetch
+
+__all__ = ["NAMES", "TEXTS", "Dataset", "DatasetError", "Split", "TextSet", "load", "load_text", "subsample"]
+
+NAMES = ("r8", "r52", "20ng", "digits", "mnist-5k", "fashion-mnist")
+"""The built-in labelled sets; `jaxpeft.data.builders` tells what each is."""
+
+TEXTS = ("friends-transcripts", "book-excerpts")
+"""The built-in sets of running text, for language modelling."""
+
+_TEST_SHARE = 0.2  # of a user's own examples when no test file is given
+
+
+class DatasetError(ValueError):
+    """A data set that is unknown, or whose content cannot be trained or scored on."""
+
+
+Kind = Literal["text", "image"]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Examples and their classes.
+
+    Attributes:
+      inputs: n texts, or images (n, height, width, channels) uint8 with values 0..`Dataset.pixel_max`.
+      labels: (n,) int32 in [0, number of classes).
+    """
+
+    inputs: tuple[str, ...] | UInt8[np.ndarray, "n h w c"]
+    labels: Int32[np.ndarray, "n"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Sequence[int] | Int[np.ndarray, "m"]) -> Split:
+        """The examples at `indices`, in that order."""
+        at = np.asarray(indices, np.int64)
+        inputs = self.inputs
+        part = inputs[at] if isinstance(inputs, np.ndarray) else tuple(inputs[i] for i in at.tolist())
+        return Split(part, self.labels[at])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A labelled data set.
+
+    Attributes:
+      name: what `load` was asked for.
+      kind: "text" or "image".
+      train, validation, test: the splits; validation has no examples with `validation=0`.
+      labels: the classes' names; a label is an index into it.
+      pixel_max: the value of a white pixel (255; 16 for `digits`); 0 for texts.
+      dropped: how many empty texts `drop_empty` removed, per split.
+    """
+
+    name: str
+    kind: Kind
+    train: Split
+    validation: Split
+    test: Split
+    labels: tuple[str, ...]
+    pixel_max: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.labels)
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The three splits by name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many examples each split has."""
+        return {name: len(split) for name, split in self.splits.items()}
+
+    def class_counts(self, split: str = "train") -> Int[np.ndarray, "classes"]:
+        """How many examples of each class `split` has."""
+        return np.bincount(self.splits[split].labels, minlength=self.num_classes)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {count:,}" for name, count in self.counts.items())
+        return f"Dataset({self.name!r}, {self.kind}, {self.num_classes} classes, {sizes})"
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Texts without labels, in three fixed splits.
+
+    Attributes:
+      name: what `load_text` was asked for.
+      train, validation, test: whole documents; none has parts in two splits.
+    """
+
+    name: str
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def load(
+    name: str | Path,
+    *,
+    validation: float | int = 0.1,
+    seed: int = 0,
+    drop_empty: bool = False,
+    keys: tuple[str, str] | None = None,
+) -> Dataset:
+    """Loads a data set; fetches and prepares it in the cache the first time.
+
+    Args:
+      name: one of `NAMES`; any tensorflow-datasets name ("mnist", "glue/sst2"); or the user's own examples: a `.tsv`,
+        `.csv` or `.jsonl` file, or a folder with `train`, and if there are `validation` and `test`, files of these
+        kinds, each with the columns (fields) `text` and `label`. Without a test file 20 % are held out (stratified,
+        seed 0).
+      validation: what is held out of train, as a share in [0, 1) or a count (an int, 1 and more); ignored where the
+        source has a validation split of its own.
+      seed: chooses the validation examples, and nothing else. Keep it when the training seed changes.
+      drop_empty: removes texts of nothing but white space (and counts them in `dropped`) instead of refusing them.
+      keys: the names of the input and the label feature, for a tensorflow-datasets set that does not declare them.
+
+    Returns:
+      The data set. Arrays are read-only.
+
+    Raises:
+      DatasetError: unknown name (near names are told), wrong counts, empty text, labels out of range, a single class,
+        a held-out part that would empty a class.
+      AssetError: the source cannot be fetched.
+
+    Example:
+      >>> load("digits").counts
+      {'train': 1293, 'validation': 144, 'test': 360}
+    """
+    text = str(name)
+    if text in NAMES:
+        splits, labels, kind, pixel_max = _built_in(text)
+    elif isinstance(name, Path) or Path(text).expanduser().exists() or text.endswith((".tsv", ".csv", ".jsonl")):
+        splits, labels = _own(Path(text).expanduser())
+        kind, pixel_max = "text", 0
+    else:
+        splits, labels, kind, pixel_max = _from_tfds(text, keys)
+
+    dropped: dict[str, int] = {}
+    for split, part in splits.items():
+        _check_labels(text, split, part, labels)
+        splits[split], removed = _without_empty(text, split, part, drop_empty)
+        if removed:
+            dropped[split] = removed
+    if len(labels) < 2 or len(np.unique(splits["train"].labels)) < 2:
+        raise DatasetError(f"{text}: the train split has a single class; there is nothing to tell apart")
+    if "test" not in splits:
+        splits["train"], splits["test"] = _hold_out(text, splits["train"], _TEST_SHARE, 0)
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = _hold_out(text, splits["train"], validation, seed)
+    for part in splits.values():
+        for array in (part.inputs, part.labels):
+            if isinstance(array, np.ndarray):
+                array.setflags(write=False)
+    return Dataset(text, kind, splits["train"], splits["validation"], splits["test"], labels, pixel_max, dropped)
+
+
+def load_text(name: str) -> TextSet:
+    """Loads running text for language modelling, split 80/10/10 by whole documents (fixed, seed 0).
+
+    Args:
+      name: `friends-transcripts` (227 episodes of dialogue, a line "Speaker: words" each, about 4 million letters) or
+        `book-excerpts` (140 texts from books for children and adults, half each in every split).
+
+    Returns:
+      The texts.
+
+    Raises:
+      DatasetError: an unknown name.
+      AssetError: the source cannot be fetched.
+    """
+    if name not in TEXTS:
+        raise DatasetError(f"no text set is named {name!r}; there are {', '.join(TEXTS)}{_near(name, TEXTS)}")
+    documents: list[str] = []
+    groups: list[str] = []
+    if name == "friends-transcripts":
+        rows = _raw.tab_rows(fetch("orange-text") / "friends-transcripts.tab")
+        for _, episode in itertools.groupby(rows, key=lambda row: row["Season & Episode"]):
+            # The source has no-break spaces and runs of blanks from its web pages.
+            lines = ((_plain(row["Author"]), _plain(row["Quote"])) for row in episode)
+            documents.append("\n".join(f"{speaker}: {words}" for speaker, words in lines if words))
+            groups.append("")
+    else:
+        for row in _raw.tab_rows(fetch("orange-text") / "book-excerpts.tab"):
+            documents.append(row["Text"].strip())
+            groups.append(row["Category"])
+    everything = Split(tuple(documents), np.unique(groups, return_inverse=True)[1].astype(np.int32))
+    count = len(everything) // 10
+    rest, test = _hold_out(name, everything, count, 0)
+    train, held = _hold_out(name, rest, count, 0)
+    return TextSet(name, tuple(train.inputs), tuple(held.inputs), tuple(test.inputs))
+
+
+def subsample(dataset: Dataset, *, per_class: int, seed: int, short: Literal["error", "keep"] = "error") -> Dataset:
+    """The same set with `per_class` training examples of each class, for low-data budgets.
+
+    Budgets nest: with one seed, a smaller one's examples are among a larger one's. Validation and test stay.
+
+    Args:
+      dataset: the whole set.
+      per_class: examples of each class, 1 or more.
+      seed: chooses them.
+      short: what to do with a class that has fewer: refuse, or keep all it has.
+
+    Returns:
+      A new data set.
+
+    Raises:
+      DatasetError: `per_class` under 1, or a class with too few examples.
+    """
+    if per_class < 1:
+        raise DatasetError(f"per_class is {per_class}; it must be 1 or more")
+    if short not in ("error", "keep"):
+        raise DatasetError(f"short is {short!r}; it must be 'error' or 'keep'")
+    labels = dataset.train.labels
+    counts = dataset.class_counts()
+    if short == "error" and (counts < per_class).any():
+        rare = ", ".join(f"{dataset.labels[i]} ({counts[i]})" for i in np.flatnonzero(counts < per_class)[:5])
+        raise DatasetError(
+            f"{dataset.name}: {int((counts < per_class).sum())} classes have fewer than {per_class} training examples: "
+            f"{rare}; take fewer, or short='keep'"
+        )
+    shuffled = order(len(labels), seed)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return replace(dataset, train=dataset.train.take(np.sort(by_class[rank < per_class])))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+_Source = tuple[dict[str, Split], tuple[str, ...], Kind, int]
+
+
+def _built_in(name: str) -> _Source:
+    from jaxpeft.data.builders import BUILDERS
+
+    cls = BUILDERS[name]
+    with _quiet():
+        builder = cls(data_dir=str(cache_dir() / "tfds"), file_format="array_record")
+        _prepare(builder, name)
+        splits = {split: _read(builder, split, cls.KIND, "label", cls.KIND) for split in cls.COUNTS}
+    found = {split: len(part) for split, part in splits.items()}
+    if found != cls.COUNTS:
+        raise DatasetError(
+            f"{name}: {builder.data_dir} holds {found}, expected {cls.COUNTS}; remove that folder and load again"
+        )
+    return splits, cls.LABELS, cls.KIND, {"text": 0, "image": 16 if name == "digits" else 255}[cls.KIND]
+
+
+def _from_tfds(name: str, keys: tuple[str, str] | None) -> _Source:
+    import tensorflow_datasets as tfds
+
+    config = name.partition(":")[0].partition("/")[0]
+    if not re.fullmatch(r"[a-z0-9_]+", config):
+        raise _unknown(name)
+    with _quiet():
+        try:
+            builder = tfds.builder(name, data_dir=str(cache_dir() / "tfds"), file_format="array_record", try_gcs=False)
+        except tfds.core.DatasetNotFoundError as error:
+            raise _unknown(name) from error
+        except ImportError as error:
+            raise DatasetError(f"{name}: its tensorflow-datasets builder needs {error.name or error}") from error
+        except (ValueError, RuntimeError) as error:  # an unknown config or version
+            raise DatasetError(f"{name}: {error}") from error
+    _prepare(builder, name)
+    features: Any = builder.info.features
+    content, label = _guess(name, builder, keys)
+    if not isinstance(features[label], tfds.features.ClassLabel):
+        raise DatasetError(f"{name}: the feature {label!r} is {features[label]}, not a class label")
+    if isinstance(features[content], tfds.features.Text):
+        kind: Kind = "text"
+    elif isinstance(features[content], tfds.features.Image):
+        kind = "image"
+    else:
+        raise DatasetError(f"{name}: the feature {content!r} is {features[content]}, neither text nor an image")
+    if "train" not in builder.info.splits:
+        raise DatasetError(f"{name}: there is no train split, only {', '.join(builder.info.splits)}")
+    with _quiet():
+        splits = {
+            split: _read(builder, split, content, label, kind)
+            for split in ("train", "validation", "test")
+            if split in builder.info.splits
+        }
+    if "test" in splits and (splits["test"].labels < 0).all():
+        del splits["test"]  # a contest's hidden labels (all -1) can score nothing: hold out a part as for own files
+    return splits, tuple(features[label].names), kind, 0 if kind == "text" else 255
+
+
+def _guess(name: str, builder: Any, keys: tuple[str, str] | None) -> tuple[str, str]:
+    features = builder.info.features
+    chosen = keys or builder.info.supervised_keys
+    if chosen is None:
+        content = next((key for key in ("text", "sentence", "image") if key in features), None)
+        chosen = (content, "label") if content else None
+    if chosen is None or len(chosen) != 2 or any(not isinstance(key, str) or key not in features for key in chosen):
+        raise DatasetError(
+            f"{name}: which features are the input and the label? Say keys=(input, label); "
+            f"there are {', '.join(features)}"
+        )
+    return chosen[0], chosen[1]
+
+
+def _prepare(builder: Any, name: str) -> None:
+    """Prepares the set unless it is there; one process does it, others wait."""
+    import tensorflow_datasets as tfds
+
+    if builder.is_prepared():
+        return
+    built_in = name in NAMES
+    if offline() and not built_in:
+        raise DatasetError(
+            f"{name} is not prepared in {builder.data_dir} and JAXPEFT_OFFLINE forbids fetching it; copy a prepared "
+            "folder there"
+        )
+    with locked("tfds-" + re.sub(r"\W+", "-", name)):
+        if builder.is_prepared():
+            return
+        # Our own sets take seconds; a foreign one may download for long, so its progress stays visible.
+        with _quiet() if built_in else contextlib.nullcontext():
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False), file_format="array_record"
+            )
+
+
+def _read(builder: Any, split: str, content: str, label: str, kind: Kind) -> Split:
+    source = builder.as_data_source(split=split, decoders=None)
+    rows = source.__getitems__(list(range(len(source)))) if len(source) else []
+    labels = np.fromiter((int(row[label]) for row in rows), np.int32, len(rows))
+    if kind == "text":
+        return Split(
+            tuple(row[content].decode() if isinstance(row[content], bytes) else row[content] for row in rows), labels
+        )
+    shapes = {row[content].shape for row in rows}
+    if len(shapes) > 1:
+        raise DatasetError(
+            f"{builder.name}: images of {split} differ in shape ({len(shapes)} shapes, e.g. {sorted(shapes)[:3]}); "
+            "only sets of one shape are loaded whole"
+        )
+    return Split(np.stack([row[content] for row in rows]).astype(np.uint8), labels)
+
+
+def _own(path: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
+    if path.is_dir():
+        files: dict[str, Path] = {}
+        for split in ("train", "validation", "test"):
+            found = [path / (split + end) for end in _READERS if (path / (split + end)).is_file()]
+            if len(found) > 1:
+                raise DatasetError(f"{path}: which of {', '.join(f.name for f in found)} is the {split} split?")
+            if found:
+                files[split] = found[0]
+        if "train" not in files:
+            raise DatasetError(f"{path} has no train.tsv, train.csv or train.jsonl")
+    elif path.is_file():
+        files = {"train": path}
+    else:
+        raise DatasetError(f"there is no file or folder {path}")
+    rows = {split: _own_file(file) for split, file in files.items()}
+    seen = {label for pairs in rows.values() for _, label in pairs}
+    try:
+        names = sorted(seen, key=int)  # "10" after "9"
+    except ValueError:
+        names = sorted(seen)
+    known = {label for _, label in rows["train"]}
+    for split, pairs in rows.items():
+        for number, (_, label) in enumerate(pairs):
+            if label not in known:
+                raise DatasetError(
+                    f"{files[split]}: example {number} has the label {label!r}, which the train split never has "
+                    f"({', '.join(sorted(known)[:8])}{', ...' if len(known) > 8 else ''}){_near(label, known)}"
+                )
+    index = {label: i for i, label in enumerate(names)}
+    splits = {
+        split: Split(tuple(text for text, _ in pairs), np.array([index[label] for _, label in pairs], np.int32))
+        for split, pairs in rows.items()
+    }
+    return splits, tuple(names)
+
+
+def _own_file(path: Path) -> list[tuple[str, str]]:
+    """(text, label) of each example in a user's file."""
+    if path.suffix not in _READERS:
+        raise DatasetError(f"{path}: files are {', '.join(_READERS)}")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path} cannot be read: {error}") from error
+    rows = _READERS[path.suffix](content, path)
+    if not rows:
+        raise DatasetError(f"{path} has no examples")
+    return rows
+
+
+def _table(delimiter: str) -> Callable[[str, Path], list[tuple[str, str]]]:
+    def read(content: str, path: Path) -> list[tuple[str, str]]:
+        reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter)
+        missing = {"text", "label"} - set(reader.fieldnames or ())
+        if missing:
+            raise DatasetError(
+                f"{path}: no column {' and no column '.join(sorted(missing))}; its header is {reader.fieldnames}"
+            )
+        rows = []
+        for row in reader:
+            if row["text"] is None or not row["label"]:
+                raise DatasetError(f"{path}, line {reader.line_num}: a text or label is missing")
+            rows.append((row["text"], row["label"].strip()))
+        return rows
+
+    return read
+
+
+def _json_lines(content: str, path: Path) -> list[tuple[str, str]]:
+    rows = []
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text, label = row["text"], row["label"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(f"{path}, line {number}: not an object with text and label ({error!r})") from error
+        if not isinstance(text, str) or not isinstance(label, str | int):
+            raise DatasetError(f"{path}, line {number}: text must be a string, label a string or an integer")
+        rows.append((text, str(label).strip()))
+    return rows
+
+
+_READERS = {".tsv": _table("\t"), ".csv": _table(","), ".jsonl": _json_lines}
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_labels(name: str, split: str, part: Split, labels: tuple[str, ...]) -> None:
+    wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(labels)))
+    if wrong.size:
+        raise DatasetError(
+            f"{name}: {split} example {wrong[0]} has label {part.labels[wrong[0]]}, outside 0..{len(labels) - 1} "
+            f"({wrong.size} such examples)"
+        )
+
+
+def _without_empty(name: str, split: str, part: Split, drop: bool) -> tuple[Split, int]:
+    if isinstance(part.inputs, np.ndarray):
+        return part, 0
+    empty = [index for index, text in enumerate(part.inputs) if not text.strip()]
+    if not empty:
+        return part, 0
+    if not drop:
+        raise DatasetError(
+            f"{name}: {split} example {empty[0]} is empty ({len(empty)} such texts); load with drop_empty=True to "
+            "leave them out"
+        )
+    return part.take(np.setdiff1d(np.arange(len(part)), empty)), len(empty)
+
+
+def _hold_out(name: str, part: Split, share: float | int, seed: int) -> tuple[Split, Split]:
+    """(what stays, what is held out)."""
+    whole = isinstance(share, int | np.integer) and not isinstance(share, bool) and share != 0
+    if not whole and not 0 <= share < 1:
+        raise DatasetError(f"validation is {share}; it must be a share in [0, 1) or a count as an int")
+    count = int(share) if whole else round(share * len(part))
+    try:
+        chosen = held_out(part.labels, count, seed)
+    except ValueError as error:
+        raise DatasetError(f"{name}: {error}") from error
+    return part.take(np.setdiff1d(np.arange(len(part)), chosen)), part.take(chosen)
+
+
+def _unknown(name: str) -> DatasetError:
+    import tensorflow_datasets as tfds
+
+    try:
+        listed = tfds.list_builders(with_community_datasets=False)
+    except Exception:  # only a hint; the error below must come through whatever tfds thinks of this machine
+        listed = []
+    return DatasetError(
+        f"no data set is named {name!r}; built in are {', '.join(NAMES)}; else a tensorflow-datasets name, or a path "
+        f"to .tsv, .csv or .jsonl files{_near(name, [*NAMES, *listed])}"
+    )
+
+
+def _near(name: str, names) -> str:
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
+    return f"; near: {', '.join(close)}" if close else ""
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without tensorflow-datasets' notes on standard output, its progress bars, and its warning about a new folder."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.utils import tqdm_utils
+
+    active = getattr(tqdm_utils, "_active", True)
+    logger = logging.getLogger("absl")
+    level = logger.level
+    tfds.display_progress_bar(False)
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.display_progress_bar(active)
+        logger.setLevel(level)

@@ -1,0 +1,291 @@
+"""How a method meets a model: `adapt`, `chain`, and methods on weights.
+
+A model is a function `apply_fn(params, *inputs)` with frozen `params`. A `Method` makes a small pytree, the *delta*, and
+says how the function behaves with it. It is a record of pure functions; `chain` puts several into one.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key, PyTree
+
+from jaxpeft import trees
+from jaxpeft.interpret import Policy, lift
+from jaxpeft.roles import Role, roles
+from jaxpeft.weights.array_like import is_array_like
+
+Params = PyTree
+Delta = PyTree
+ApplyFn = Callable[..., Any]
+
+
+class MergeError(ValueError):
+    """A method whose effect no set of dense weights can express."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model, from which a method reads what it needs to initialise: shapes, and values where it must."""
+
+    apply_fn: ApplyFn
+    params: Params
+    inputs: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Mode(NamedTuple):
+    """How an adapted model runs: `dropout_key` is None in evaluation; `on_dense` as in `interpret.lift`."""
+
+    dropout_key: Key[Array, ""] | None = None
+    on_dense: Policy = "warn"
+
+    def at(self, site: str) -> "Mode":
+        """The mode for one place: its own key."""
+        return self if self.dropout_key is None else self._replace(dropout_key=site_key(self.dropout_key, site))
+
+
+class Method(NamedTuple):
+    """A way to adapt a frozen model.
+
+    Attributes:
+      name: what the method is called in deltas, files and messages.
+      init: `(key, call) -> delta`.
+      wrap: `(apply_fn, delta, mode) -> apply_fn'`, the model as this delta changes it.
+      merge: `(params, delta) -> params`, or None where no dense weights have the same effect.
+      config: what made it, as plain data for files.
+    """
+
+    name: str
+    init: Callable[[Key[Array, ""], Call], Delta]
+    wrap: Callable[[ApplyFn, Delta, Mode], ApplyFn]
+    merge: Callable[[Params, Delta], Params] | None
+    config: Mapping[str, Any]
+
+
+class Adapted(NamedTuple):
+    """A model with a method, as pure functions.
+
+    Attributes:
+      init: `(key, params, *inputs, **kwargs) -> delta`. Inputs are an example batch; `jax.eval_shape` gives the delta's
+        shapes without computing it.
+      apply: `(params, delta, *inputs, dropout_key=None, **kwargs)`, the adapted model.
+      merge: `(params, delta) -> params` such that `apply_fn(merged, ...)` is the adapted model. Raises `MergeError`
+        where no merge exists.
+      method: what it was made from.
+    """
+
+    init: Callable[..., Delta]
+    apply: Callable[..., Any]
+    merge: Callable[[Params, Delta], Params]
+    method: Method
+
+
+def adapt(apply_fn: ApplyFn, method: Method, *, on_dense: Policy = "warn") -> Adapted:
+    """Joins a model and a method.
+
+    Args:
+      apply_fn: `(params, *inputs, **kwargs) -> anything`: a Linen model's `apply`, `from_nnx(model)[0]`, or any
+        function. It is never modified.
+      method: e.g. `lora(rank=8)`, or several in a `chain`.
+      on_dense: what to do where an operation would form an adapted weight in full; see `interpret.lift`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpeft
+      >>> model = lambda params, x: jnp.tanh(x @ params["in"]) @ params["out"]
+      >>> params = {"in": jnp.ones((4, 8)), "out": jnp.ones((8, 2))}
+      >>> adapted = jaxpeft.adapt(model, jaxpeft.lora(rank=2, at="in"))
+      >>> delta = adapted.init(jax.random.key(0), params, jnp.ones((1, 4)))
+      >>> adapted.apply(params, delta, jnp.ones((1, 4))).shape
+      (1, 2)
+    """
+
+    def init(key: Key[Array, ""], params: Params, *inputs: Any, **kwargs: Any) -> Delta:
+        return method.init(key, Call(apply_fn, params, inputs, kwargs))
+
+    def apply(
+        params: Params, delta: Delta, *inputs: Any, dropout_key: Key[Array, ""] | None = None, **kwargs: Any
+    ) -> Any:
+        return method.wrap(apply_fn, delta, Mode(dropout_key, on_dense))(params, *inputs, **kwargs)
+
+    def merge(params: Params, delta: Delta) -> Params:
+        if method.merge is None:
+            raise MergeError(
+                f"{method.name} has no merge: its effect depends on the hidden states, which no fixed weights express. "
+                "Keep base and delta apart and call `apply`"
+            )
+        return method.merge(params, delta)
+
+    return Adapted(init, apply, merge, method)
+
+
+def chain(*methods: Method, name: str = "chain") -> Method:
+    """Several methods as one: the first changes the model, the second changes the changed model, and so on.
+
+    Its delta is a dict from each method's name (numbered where a name repeats) to that method's delta.
+
+    Raises:
+      ValueError: no methods.
+    """
+    if not methods:
+        raise ValueError("a chain of no methods")
+    total = [m.name for m in methods]
+    labels = [n if total.count(n) == 1 else f"{n}_{total[:i].count(n)}" for i, n in enumerate(total)]
+
+    def init(key: Key[Array, ""], call: Call) -> Delta:
+        return {n: m.init(site_key(key, n), call) for n, m in zip(labels, methods)}
+
+    def wrap(apply_fn: ApplyFn, delta: Delta, mode: Mode) -> ApplyFn:
+        for n, m in zip(labels, methods):
+            apply_fn = m.wrap(apply_fn, delta[n], mode.at(n))
+        return apply_fn
+
+    def merge(params: Params, delta: Delta) -> Params:
+        # The last method acts on what the earlier ones made of the weights.
+        for n, m in zip(labels, methods):
+            assert m.merge is not None
+            params = m.merge(params, delta[n])
+        return params
+
+    mergeable = all(m.merge is not None for m in methods)
+    config = {"method": "chain", "name": name, "methods": [dict(m.config) for m in methods]}
+    return Method(name, init, wrap, merge if mergeable else None, config)
+
+
+# ------------------------------------------------------------------------------------------------------- the registry
+
+
+class Entry(NamedTuple):
+    """What the library knows of a method: it drives the command line, the table of methods and the common tests."""
+
+    factory: Callable[..., Method]
+    family: str
+    paper: str
+    mechanism: str
+    mergeable: bool
+    exact_start: bool
+
+
+METHODS: dict[str, Entry] = {}
+
+
+def register(
+    *, family: str, paper: str, mechanism: str, mergeable: bool, exact_start: bool, name: str | None = None
+) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
+    """Puts a factory into the registry under its own name.
+
+    Args:
+      family: the room it lives in ("adapt").
+      paper: authors, venue, year.
+      mechanism: "weights", "hooks", "reader", or "chain".
+      mergeable: whether `merge` exists.
+      exact_start: whether the adapted model equals its base before training, as the paper initialises it.
+      name: where it differs from the factory's.
+    """
+
+    def enter(factory: Callable[..., Method]) -> Callable[..., Method]:
+        METHODS[name or factory.__name__] = Entry(factory, family, paper, mechanism, mergeable, exact_start)
+        return factory
+
+    return enter
+
+
+def entry(name: str) -> Entry:
+    """The registry's entry for `name`.
+
+    Raises:
+      ValueError: an unknown name; what there is, is listed.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}{trees.near(name, METHODS)}; there are: {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+def from_config(config: Mapping[str, Any]) -> Method:
+    """The method that a `Method.config` describes."""
+    if config["method"] == "chain":
+        return chain(*map(from_config, config["methods"]), name=config["name"])
+    rest = {k: v for k, v in config.items() if k != "method"}
+    return entry(config["method"]).factory(**rest)
+
+
+def site_key(key: Key[Array, ""], site: str) -> Key[Array, ""]:
+    """A key for one place, independent of what other places there are."""
+    return jax.random.fold_in(key, zlib.crc32(site.encode()))
+
+
+def stacked_keys(key: Key[Array, ""], stack: tuple[int, ...]) -> Key[Array, "*stack"]:
+    """One key per stacked layer; the key itself where there is no stack."""
+    return jax.random.split(key, stack) if stack else key
+
+
+# -------------------------------------------------------------------------------------------------- methods on weights
+
+
+def on_weights(
+    name: str,
+    at: trees.Pattern,
+    init: Callable[[Key[Array, ""], str, Array, Role], dict[str, Array]],
+    build: Callable[[str, Array, dict[str, Array], Key[Array, ""] | None], Any],
+    config: Mapping[str, Any],
+    *,
+    factored: bool = True,
+    beside: Callable[[str, Mapping[str, Array], dict[str, Array]], dict[str, Any]] = lambda *_: {},
+) -> Method:
+    """A method that replaces leaves of `params` by values built from them; it always merges.
+
+    Its delta is `{path: {name: array}}`.
+
+    Args:
+      name: of the method.
+      at: which leaves.
+      init: `(key, path, weight, role) -> arrays` of one leaf's delta.
+      build: `(path, weight, arrays, dropout_key) -> value`, array-like or an ordinary array.
+      config: plain data.
+      factored: whether the leaves must be float weights with a role each (two axes or more); else any leaf will do and
+        `role` is (0, 0).
+      beside: `(path, leaves, arrays) -> {path: value}`, other leaves that change with this one (a kernel's bias).
+    """
+
+    def start(key: Key[Array, ""], call: Call) -> Delta:
+        leaves = trees.by_path(call.params)
+        chosen = trees.matches(at, leaves, "parameter")
+        if factored:
+            for path in chosen:
+                w = leaves[path]
+                if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
+                    raise ValueError(
+                        f"{name} needs floating-point weights of two axes or more; {path!r} is "
+                        f"{jnp.dtype(w.dtype).name}{list(w.shape)}. Narrow the pattern {at!r}"
+                    )
+        found = roles(call.apply_fn, call.params, chosen, call.inputs, call.kwargs) if factored else {}
+        return {p: init(site_key(key, p), p, leaves[p], found.get(p, Role(0, 0))) for p in chosen}
+
+    def values(params: Params, delta: Delta, mode: Mode) -> Params:
+        leaves = trees.by_path(params)
+        if unknown := [p for p in delta if p not in leaves]:
+            raise KeyError(
+                f"the delta adapts {unknown[0]!r}, which the model lacks{trees.near(unknown[0], leaves)} "
+                f"({len(unknown)} of {len(delta)} paths are missing)"
+            )
+        new = {p: build(p, leaves[p], trees.unmark(d), mode.at(p).dropout_key) for p, d in delta.items()}
+        for p, d in delta.items():
+            new |= beside(p, leaves, trees.unmark(d))
+        for p, value in new.items():
+            if value.shape != leaves[p].shape:
+                raise ValueError(f"{name} makes {value.shape} of {p!r}, whose shape is {leaves[p].shape}")
+        return trees.replace_leaves(params, new)
+
+    def wrap(apply_fn: ApplyFn, delta: Delta, mode: Mode) -> ApplyFn:
+        lifted = lift(apply_fn, mode.on_dense)
+        return lambda params, *inputs, **kwargs: lifted(values(params, delta, mode), *inputs, **kwargs)
+
+    def merge(params: Params, delta: Delta) -> Params:
+        return jax.tree.map(
+            lambda x: x.dense() if is_array_like(x) else x, values(params, delta, Mode()), is_leaf=is_array_like
+        )
+
+    return Method(name, start, wrap, merge, config)

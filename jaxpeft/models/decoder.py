@@ -1,0 +1,365 @@
+"""GPT-2 and Llama: decoders that predict the next token.
+
+    x₀ = word[ids] (+ position[p])      pre-norm blocks, causal      logits = head(norm(x_L))
+
+GPT-2 learns its positions, norms with mean and variance and keeps query, key and value in one product (`attention/qkv`);
+Llama turns query and key by their positions (RoPE), norms by the root mean square, gates its feed-forward block (SwiGLU)
+and shares key/value heads between query heads. The head is the word table itself where `tied`.
+
+RoPE: pair i of a head turns by p · θ^(-2i/k). "linear" scaling divides all frequencies by `factor`; "llama3" divides
+those of a wavelength over `original / low`, keeps those under `original / high`, and blends between.
+
+Reference: Radford et al., "Language models are unsupervised multitask learners", 2019; Touvron et al., "LLaMA", 2023;
+Grattafiori et al., "The Llama 3 herd of models", 2024; Su et al., "RoFormer", 2021.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxpeft.models.layers import (
+    Block,
+    BlockConfig,
+    attention_bias,
+    checked_length,
+    checked_mask,
+    dense,
+    embed,
+    extend_left,
+    from_fields,
+    norm,
+    run_layers,
+)
+from jaxpeft.models.names import Row, dense_rows, embed_row, norm_rows
+
+DecoderBlock = Block
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary frequencies: base `theta` and their scaling, `kind` "default", "linear" or "llama3"."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 8192
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "Rope":
+        """From either form: `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling`."""
+        given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind not in ("default", "linear", "llama3"):
+            raise ValueError(f"rope scaling {kind!r} is not read here; known: default, linear, llama3")
+        theta = given.get("rope_theta") or hf.get("rope_theta") or cls.theta
+        if kind == "default":
+            return cls(theta)
+        if kind == "linear":
+            return cls(theta, kind, given["factor"])
+        original = given.get("original_max_position_embeddings") or hf["max_position_embeddings"]
+        return cls(theta, kind, given["factor"], given["low_freq_factor"], given["high_freq_factor"], original)
+
+    def to_hf(self) -> dict[str, Any]:
+        """Both forms at once, so that older and newer readers find the same frequencies."""
+        scaling: dict[str, Any] = {"rope_type": self.kind}
+        if self.kind != "default":
+            scaling["factor"] = self.factor
+        if self.kind == "llama3":
+            scaling |= {"low_freq_factor": self.low, "high_freq_factor": self.high}
+            scaling["original_max_position_embeddings"] = self.original
+        old = None if self.kind == "default" else scaling
+        return {
+            "rope_theta": self.theta,
+            "rope_scaling": old and {**old, "rope_theta": self.theta},
+            "rope_parameters": {**scaling, "rope_theta": self.theta},
+        }
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Angle per position of each pair, (head_dim / 2,) in float32."""
+        plain = 1.0 / self.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+        if self.kind == "default":
+            return plain.astype(np.float32)
+        if self.kind == "linear":
+            return (plain / self.factor).astype(np.float32)
+        wavelength = 2 * math.pi / plain
+        smooth = np.clip((self.original / wavelength - self.low) / (self.high - self.low), 0, 1)
+        return ((1 - smooth) * plain / self.factor + smooth * plain).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(BlockConfig):
+    """A GPT-2 or Llama decoder (`family`). `tied` reads the logits off the word table."""
+
+    vocab: int
+    family: str = "gpt2"
+    max_positions: int = 1024
+    tied: bool = True
+    rope: Rope = Rope()
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], **overrides: Any) -> "DecoderConfig":
+        """From the dictionary of a `config.json` of model_type gpt2 or llama."""
+        family = hf.get("model_type", "gpt2")
+        if family not in ("gpt2", "llama"):
+            raise ValueError(f"model_type {family!r} is not a decoder known here; known: gpt2, llama")
+        fields = _gpt2_fields(hf) if family == "gpt2" else _llama_fields(hf)
+        return from_fields(cls, hf, {**fields, "family": family}, overrides)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dictionary for `config.json`, without `architectures`."""
+        fields: dict[str, Any]
+        if self.family == "gpt2":
+            if self.head_dim * self.heads != self.width:
+                raise ValueError(f"a GPT-2 config needs width = heads · head_dim, got {self}")
+            fields = {
+                "n_embd": self.width,
+                "n_layer": self.layers,
+                "n_head": self.heads,
+                "n_inner": self.mlp_width,
+                "n_positions": self.max_positions,
+                "activation_function": self.activation,
+                "layer_norm_epsilon": self.norm_eps,
+                "resid_pdrop": self.dropout,
+                "embd_pdrop": self.dropout,
+            }
+        else:
+            fields = {
+                "hidden_size": self.width,
+                "num_hidden_layers": self.layers,
+                "num_attention_heads": self.heads,
+                "num_key_value_heads": self.kv_heads or self.heads,
+                "head_dim": self.head_dim,
+                "intermediate_size": self.mlp_width,
+                "max_position_embeddings": self.max_positions,
+                "hidden_act": self.activation,
+                "rms_norm_eps": self.norm_eps,
+                "attention_bias": self.qkv_bias,
+                "mlp_bias": self.mlp_bias,
+                **self.rope.to_hf(),
+            }
+        shared = {
+            "model_type": self.family,
+            "vocab_size": self.vocab,
+            "initializer_range": self.init_std,
+            "tie_word_embeddings": self.tied,
+        }
+        return self.written({**fields, **shared})
+
+
+def _gpt2_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    for name, wanted in (
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ):
+        if bool(hf.get(name, wanted)) != wanted:
+            raise ValueError(f"GPT-2 with {name}={hf[name]} is not read here")
+    drops = {hf.get("resid_pdrop", 0.1), hf.get("embd_pdrop", 0.1)}
+    if len(drops) > 1:
+        raise ValueError(f"GPT-2 with different resid_pdrop and embd_pdrop ({sorted(drops)}) is not read here")
+    width, heads = hf.get("n_embd", 768), hf.get("n_head", 12)
+    return {
+        "width": width,
+        "layers": hf.get("n_layer", 12),
+        "heads": heads,
+        "head_dim": width // heads,
+        "mlp_width": hf.get("n_inner") or 4 * width,
+        "activation": hf.get("activation_function", "gelu_new"),
+        "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
+        "pre_norm": True,
+        "fused_qkv": True,
+        "dropout": drops.pop(),
+        "init_std": hf.get("initializer_range", 0.02),
+        "vocab": hf.get("vocab_size", 50257),
+        "max_positions": hf.get("n_positions", 1024),
+        "tied": hf.get("tie_word_embeddings", True),
+    }
+
+
+def _llama_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    width, heads = hf.get("hidden_size", 4096), hf.get("num_attention_heads", 32)
+    bias = bool(hf.get("attention_bias", False))
+    return {
+        "width": width,
+        "layers": hf.get("num_hidden_layers", 32),
+        "heads": heads,
+        "head_dim": hf.get("head_dim") or width // heads,
+        "kv_heads": hf.get("num_key_value_heads") or heads,
+        "mlp_width": hf.get("intermediate_size", 11008),
+        "activation": hf.get("hidden_act", "silu"),
+        "gated": True,
+        "norm": "rms",
+        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "pre_norm": True,
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "mlp_bias": bool(hf.get("mlp_bias", False)),
+        "init_std": hf.get("initializer_range", 0.02),
+        "vocab": hf.get("vocab_size", 32000),
+        "max_positions": hf.get("max_position_embeddings", 2048),
+        "tied": hf.get("tie_word_embeddings", False),
+        "rope": Rope.from_hf(hf),
+    }
+
+
+class DecoderEmbeddings(nn.Module):
+    """Word embeddings and GPT-2's learned positions; `attend` reads logits off the word table."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.word = embed(c, c.vocab)
+        if c.family == "gpt2":
+            self.position = embed(c, c.max_positions)
+        self.drop = nn.Dropout(c.dropout)
+
+    def __call__(
+        self, input_ids: Int[Array, "b t"], positions: Int[Array, "#b t"] | None, deterministic: bool
+    ) -> tuple[Float[Array, "b s d"], Int[Array, "#b s"]]:
+        x = self.word(input_ids)
+        length = x.shape[1]
+        if positions is None:
+            positions = jnp.arange(length)[None]
+        elif positions.shape[1] != length:
+            # Virtual tokens take the first positions and push the given ones up.
+            extra = length - positions.shape[1]
+            front = jnp.broadcast_to(jnp.arange(extra, dtype=positions.dtype), (positions.shape[0], extra))
+            positions = jnp.concatenate([front, positions + extra], axis=1)
+        if self.config.family == "gpt2":
+            checked_length(length, self.config.max_positions)
+            x = x + self.position(positions)
+        return self.drop(x, deterministic=deterministic), positions
+
+    def attend(self, x: Float[Array, "b s d"]) -> Float[Array, "b s v"]:
+        return self.word.attend(x)
+
+
+class Decoder(nn.Module):
+    """Next-token logits (b, t, vocab).
+
+    `attention_mask` is 1 at tokens, 0 at padding on either side. Positions run 0, 1, ... over the columns if not given;
+    `positions_from_mask` gives those that do not count padding on the left. Logits at padding mean nothing.
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Int[Array, "b t"],
+        attention_mask: Int[Array, "b t"] | None = None,
+        *,
+        positions: Int[Array, "#b t"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "b s v"]:
+        c = self.config
+        checked_mask(attention_mask, input_ids)
+        if positions is not None and positions.shape not in (input_ids.shape, (1, input_ids.shape[1])):
+            raise ValueError(f"positions has shape {positions.shape}, input_ids {input_ids.shape}; they must be equal")
+        embeddings = DecoderEmbeddings(c, name="embeddings")
+        x, positions = embeddings(input_ids, positions, deterministic)
+        x = checkpoint_name(x, "embedded")
+        bias = attention_bias(extend_left(attention_mask, x.shape[1], 1), x.shape[1], causal=True)
+        rotary = rotary_angles(c.rope, positions, c.head_dim) if c.family == "llama" else None
+        x = run_layers(DecoderBlock, c, x, bias, rotary, deterministic=deterministic)
+        x = checkpoint_name(norm(c, "final_norm")(x), "final_hidden")
+        return embeddings.attend(x) if c.tied else dense(c, c.vocab, use_bias=False, name="lm_head")(x)
+
+    @nn.nowrap
+    def dummy_inputs(self) -> tuple[Array, ...]:
+        return (jnp.zeros((1, 2), jnp.int32),)
+
+    @nn.nowrap
+    def name_rows(self) -> list[Row]:
+        return GPT2_ROWS if self.config.family == "gpt2" else LLAMA_ROWS
+
+    @nn.nowrap
+    def hf_config(self) -> dict[str, Any]:
+        name = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[self.config.family]
+        return {**self.config.to_hf(), "architectures": [name]}
+
+    @nn.nowrap
+    def reading(self) -> tuple[str, tuple[str, ...]]:
+        """The prefix that files may or may not carry, and patterns of tensors that may be left unread."""
+        prefix = {"gpt2": "transformer.", "llama": "model."}[self.config.family]
+        return prefix, (r"lm_head\.weight",) if self.config.tied else ()
+
+
+def rotary_angles(rope: Rope, positions: Int[Array, "b t"], head_dim: int) -> tuple[Array, Array]:
+    """cos and sin (b, t, head_dim) of the angles of `positions`, in float32, each pair's angle twice."""
+    angles = positions[:, :, None].astype(jnp.float32) * jnp.asarray(rope.frequencies(head_dim))[None, None, :]
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def positions_from_mask(mask: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """0, 1, ... over the tokens of each row, padding not counted (padding gets some valid position)."""
+    return jnp.maximum(jnp.cumsum((mask != 0).astype(jnp.int32), axis=1) - 1, 0)
+
+
+def build(hf: Mapping[str, Any], names: frozenset[str] | None, overrides: Mapping[str, Any]) -> nn.Module:
+    """The module that a gpt2 or llama `config.json` names."""
+    del names
+    config = DecoderConfig.from_hf(hf, **overrides)
+    known = {"gpt2": ("GPT2LMHeadModel", "GPT2Model"), "llama": ("LlamaForCausalLM", "LlamaModel")}[config.family]
+    name = (hf.get("architectures") or known)[0]
+    if name not in known:
+        raise ValueError(f"architecture {name!r} is not read here; known: {', '.join(known)}")
+    return Decoder(config)
+
+
+def _gpt2_rows() -> list[Row]:
+    layer, there = "layers_{i}/", "transformer.h.{i}."
+    rows = [
+        embed_row("embeddings/word", "transformer.wte"),
+        embed_row("embeddings/position", "transformer.wpe"),
+        *norm_rows(f"{layer}attention_norm", f"{there}ln_1"),
+        *norm_rows(f"{layer}mlp_norm", f"{there}ln_2"),
+        *norm_rows("final_norm", "transformer.ln_f"),
+        *dense_rows("lm_head", "lm_head"),
+    ]
+    # GPT-2's Conv1D keeps its weight as (in, out), like ours.
+    for ours, name in {
+        "attention/qkv": "attn.c_attn",
+        "attention/out": "attn.c_proj",
+        "mlp/up": "mlp.c_fc",
+        "mlp/down": "mlp.c_proj",
+    }.items():
+        rows += dense_rows(layer + ours, there + name, transform="same")
+    return rows
+
+
+def _llama_rows() -> list[Row]:
+    layer, there = "layers_{i}/", "model.layers.{i}."
+    rows = [
+        embed_row("embeddings/word", "model.embed_tokens"),
+        *norm_rows(f"{layer}attention_norm", f"{there}input_layernorm"),
+        *norm_rows(f"{layer}mlp_norm", f"{there}post_attention_layernorm"),
+        *norm_rows("final_norm", "model.norm"),
+        *dense_rows("lm_head", "lm_head"),
+    ]
+    for ours, name in {
+        "attention/query": "self_attn.q_proj",
+        "attention/key": "self_attn.k_proj",
+        "attention/value": "self_attn.v_proj",
+        "attention/out": "self_attn.o_proj",
+        "mlp/up": "mlp.up_proj",
+        "mlp/gate": "mlp.gate_proj",
+        "mlp/down": "mlp.down_proj",
+    }.items():
+        rows += dense_rows(layer + ours, there + name)
+    return rows
+
+
+GPT2_ROWS = _gpt2_rows()
+LLAMA_ROWS = _llama_rows()

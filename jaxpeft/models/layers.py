@@ -1,0 +1,393 @@
+"""The pieces all backbones are made of: attention, feed-forward block, norms, and the loop over layers.
+
+Letters: b batch, t (tq, tk) positions, d width, h heads, g key/value heads, k size of one head, f width of the
+feed-forward block, L layers.
+
+    attention(x) = out(core(query(x), key(x), value(x), bias))
+    core(q, k, v, bias) = softmax(scale · q kᵀ + bias) v           softmax in float32
+    mlp(x) = down(act(up(x)))      or, gated,      down(act(gate(x)) · up(x))
+    post-norm:  x ← norm(x + f(x))        pre-norm:  x ← x + f(norm(x))
+
+`AttentionCore` holds no parameters and is a module only so that others can hook it by name: a prefix prepends keys,
+a router drops heads, a faster formulation replaces it. Masks, causal ones too, therefore travel in its additive
+`bias` and nowhere else.
+
+Reference: Vaswani et al., "Attention is all you need", NeurIPS 2017; Shazeer, "GLU variants improve transformer",
+2020; Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021.
+Not taken over from the reference implementations: dropout on attention probabilities (only hidden states drop out).
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+}
+
+# Half of the smallest float32: a second bias may still be added to it without reaching -inf, so that a row whose
+# keys are all masked stays finite.
+MASKED = float(jnp.finfo(jnp.float32).min) / 2
+
+C = TypeVar("C", bound="BlockConfig")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What a block needs to know; the families' configs add embeddings and heads.
+
+    `head_dim` need not be `width / heads`, and `kv_heads` (None: as many as `heads`) may be any divisor of `heads`.
+    `dropout` acts on hidden states. `scan` keeps the layers stacked on a leading axis and compiles one of them,
+    `remat` recomputes them in the backward pass; both change no number. `dtype` is for computing, `param_dtype` for
+    keeping. `extra` is the JSON of the configuration it was read from, so that what we do not use is written back.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    head_dim: int
+    mlp_width: int
+    kv_heads: int | None = None
+    activation: str = "gelu"
+    gated: bool = False
+    norm: str = "layer"  # or "rms"
+    norm_eps: float = 1e-12
+    pre_norm: bool = False
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    fused_qkv: bool = False
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    dropout: float = 0.0
+    inner_dropout: bool = False  # T5 also drops between the two products of its feed-forward block
+    init_std: float | None = 0.02  # None: fan-in scaling
+    scan: bool = False
+    remat: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    extra: str = dataclasses.field(default="", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "param_dtype"):
+            object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
+            if not jnp.issubdtype(getattr(self, name), jnp.floating):
+                raise ValueError(f"{name} must be a float type, got {getattr(self, name)}")
+        for name in ("width", "layers", "heads", "head_dim", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+        if self.norm not in ("layer", "rms"):
+            raise ValueError(f"norm must be 'layer' or 'rms', got {self.norm!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if self.fused_qkv and (self.kv_heads or self.heads) != self.heads:
+            raise ValueError("fused_qkv needs as many key/value heads as query heads")
+
+    def written(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration this was read from, overlaid with `fields` and the dtype of the parameters."""
+        return {**json.loads(self.extra or "{}"), **fields, "dtype": str(self.param_dtype)}
+
+
+def from_fields(cls: type[C], hf: Mapping[str, Any], fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> C:
+    """A config of class `cls` from translated `fields`, remembering `hf`; `overrides` win."""
+    unknown = set(overrides) - {field.name for field in dataclasses.fields(cls)}
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
+    extra = {key: value for key, value in hf.items() if key not in ("torch_dtype", "dtype")}
+    return cls(**{**fields, "extra": json.dumps(extra, sort_keys=True), **overrides})
+
+
+# ------------------------------------------------------------------------------------------------ small modules
+
+
+def kernel_init(config: BlockConfig, scale: float = 1.0) -> Callable[..., Array]:
+    """Normal with the config's deviation, or fan-in scaled by `scale` where it has none."""
+    if config.init_std is not None:
+        return nn.initializers.normal(config.init_std)
+    return nn.initializers.variance_scaling(scale, "fan_in", "normal")
+
+
+def dense(config: BlockConfig, features: int, *, use_bias: bool, name: str, scale: float = 1.0) -> nn.Dense:
+    """A Dense with the config's dtypes and initialisation; its kernel is (in, out)."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        kernel_init=kernel_init(config, scale),
+        name=name,
+    )
+
+
+def norm(config: BlockConfig, name: str) -> nn.Module:
+    """The config's norm. Two-pass variance: E[x²] - E[x]² loses digits where a feature has a large mean."""
+    if config.norm == "rms":
+        return nn.RMSNorm(epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+    return nn.LayerNorm(
+        epsilon=config.norm_eps,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+def embed(config: BlockConfig, rows: int, name: str, std: float | None = None) -> nn.Embed:
+    """An embedding table (rows, d) with the config's dtypes."""
+    return nn.Embed(
+        rows,
+        config.width,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        embedding_init=nn.initializers.normal(std or config.init_std or 1.0),
+        name=name,
+    )
+
+
+class AttentionCore(nn.Module):
+    """softmax(scale · q kᵀ + bias) v, without parameters; hook it to change what attention sees.
+
+    Query head i reads key/value head i // (h / g).
+    """
+
+    scale: float | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        q: Float[Array, "b tq h k"],
+        k: Float[Array, "b tk g k"],
+        v: Float[Array, "b tk g k"],
+        bias: Float[Array, "#b #h #tq tk"] | None = None,
+    ) -> Float[Array, "b tq h k"]:
+        b, tq, h, size = q.shape
+        tk, g = k.shape[1:3]
+        scale = size**-0.5 if self.scale is None else self.scale
+        wide = jnp.promote_types(q.dtype, jnp.float32)
+        grouped = q.reshape(b, tq, g, h // g, size)
+        scores = jnp.einsum("bqgrk,bsgk->bgrqs", grouped, k, preferred_element_type=wide) * scale
+        scores = scores.reshape(b, h, tq, tk)
+        if bias is not None:
+            scores = scores + bias.astype(wide)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, g, h // g, tq, tk)
+        return jnp.einsum("bgrqs,bsgk->bqgrk", weights, v).reshape(b, tq, h, size)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over `x`, or from `x` over `memory`; no dropout of its own."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b tq d"],
+        bias: Float[Array, "#b #h #tq tk"] | None = None,
+        memory: Float[Array, "b tk d"] | None = None,
+        rotary: tuple[Array, Array] | None = None,
+    ) -> Float[Array, "b tq d"]:
+        c = self.config
+        g = c.kv_heads or c.heads
+        memory = x if memory is None else memory
+        if c.fused_qkv:
+            parts = dense(c, 3 * c.heads * c.head_dim, use_bias=c.qkv_bias, name="qkv")(x)
+            q, k, v = jnp.split(parts, 3, axis=-1)
+        else:
+            # Where the product q kᵀ is not scaled, the query's initialisation carries the scale.
+            scale = 1.0 if c.attention_scale is None else 1.0 / c.head_dim
+            q = dense(c, c.heads * c.head_dim, use_bias=c.qkv_bias, name="query", scale=scale)(x)
+            k = dense(c, g * c.head_dim, use_bias=c.qkv_bias, name="key")(memory)
+            v = dense(c, g * c.head_dim, use_bias=c.qkv_bias, name="value")(memory)
+        q = q.reshape(*q.shape[:2], c.heads, c.head_dim)
+        k = k.reshape(*k.shape[:2], g, c.head_dim)
+        v = v.reshape(*v.shape[:2], g, c.head_dim)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        y = AttentionCore(c.attention_scale, name="core")(q, k, v, bias)
+        return dense(c, c.width, use_bias=c.out_bias, name="out")(y.reshape(*y.shape[:2], c.heads * c.head_dim))
+
+
+class Mlp(nn.Module):
+    """The feed-forward block, its closing dropout included."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], deterministic: bool = True) -> Float[Array, "b t d"]:
+        c = self.config
+        act = ACTIVATIONS[c.activation]
+        y = dense(c, c.mlp_width, use_bias=c.mlp_bias, name="up")(x)
+        y = act(dense(c, c.mlp_width, use_bias=c.mlp_bias, name="gate")(x)) * y if c.gated else act(y)
+        if c.inner_dropout:
+            y = nn.Dropout(c.dropout)(y, deterministic=deterministic)
+        y = dense(c, c.width, use_bias=c.mlp_bias, name="down")(y)
+        return nn.Dropout(c.dropout)(y, deterministic=deterministic)
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward block, pre- or post-norm as the config says."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        bias: Float[Array, "#b #h #t t"] | None = None,
+        deterministic: bool = True,
+        rotary: tuple[Array, Array] | None = None,
+    ) -> Float[Array, "b t d"]:
+        c = self.config
+        attention, mlp = Attention(c, name="attention"), Mlp(c, name="mlp")
+        attention_norm, mlp_norm = norm(c, "attention_norm"), norm(c, "mlp_norm")
+        drop = nn.Dropout(c.dropout)
+        if c.pre_norm:
+            x = x + drop(attention(attention_norm(x), bias, rotary=rotary), deterministic=deterministic)
+            return x + mlp(mlp_norm(x), deterministic)
+        x = attention_norm(x + drop(attention(x, bias, rotary=rotary), deterministic=deterministic))
+        return mlp_norm(x + mlp(x, deterministic))
+
+
+# ------------------------------------------------------------------------------------------------ the layer loop
+
+
+def run_layers(
+    block: type[nn.Module],
+    config: BlockConfig,
+    x: Array,
+    *args: Any,
+    deterministic: bool,
+    tap: str = "",
+    layers: int = 0,
+) -> Array:
+    """Send `x` through the config's layers, unrolled or scanned, each optionally recomputed in the backward pass.
+
+    To be called inside a compact method. `args[0]` is the additive bias, the rest follow `deterministic` in the
+    block's signature. Each block's output is named `tap + "hidden"`, the name readers find it by.
+    """
+
+    def body(layer: nn.Module, x: Array, *args: Any) -> tuple[Array, None]:
+        y = layer(x, args[0], deterministic, *args[1:])  # pyright: ignore[reportCallIssue]
+        return checkpoint_name(y, tap + "hidden"), None
+
+    count = layers or config.layers
+    if config.remat:
+        # Inside a scan nothing can be merged with the forward pass, so the costly barrier is left out.
+        body = nn.remat(body, prevent_cse=not config.scan)
+    if config.scan:
+        loop = nn.scan(
+            body,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast,) * len(args),  # pyright: ignore[reportArgumentType]
+            length=count,
+        )
+        return loop(block(config, name="layers"), x, *args)[0]
+    for i in range(count):
+        x, _ = body(block(config, name=f"layers_{i}"), x, *args)
+    return x
+
+
+# ------------------------------------------------------------------------------------------------ masks, positions
+
+
+def checked_mask(mask: Array | None, input_ids: Array) -> None:
+    """Refuse a mask of another shape than the ids: it would broadcast to a wrong answer."""
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must have shape (batch, length), got {input_ids.shape}")
+    if mask is not None and mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask has shape {mask.shape}, input_ids {input_ids.shape}; they must be equal")
+
+
+def checked_length(length: int, limit: int) -> None:
+    """Refuse more positions than the table has: JAX would clamp the index and answer without a word."""
+    if length > limit:
+        raise ValueError(f"{length} positions, but the model has {limit}: shorten the input (virtual tokens count)")
+
+
+def extend_left(values: Array | None, length: int, fill: int) -> Array | None:
+    """`values` (b, t) grown at the left to `length` columns: what virtual tokens in front need."""
+    if values is None or values.shape[1] == length:
+        return values
+    return jnp.pad(values, ((0, 0), (length - values.shape[1], 0)), constant_values=fill)
+
+
+def attention_bias(
+    mask: Int[Array, "b tk"] | None, length: int, *, causal: bool = False
+) -> Float[Array, "#b 1 #tq tk"] | None:
+    """The additive float32 bias of a padding mask (1 keeps) and, if asked, of causality; None if nothing is masked."""
+    allowed = None
+    if mask is not None:
+        allowed = (mask != 0)[:, None, None, :]
+    if causal:
+        tril = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        allowed = tril if allowed is None else allowed & tril
+    return None if allowed is None else jnp.where(allowed, 0.0, MASKED).astype(jnp.float32)
+
+
+def rotate(x: Float[Array, "b t h k"], rotary: tuple[Array, Array]) -> Float[Array, "b t h k"]:
+    """Rotary positions: turn the pairs (i, i + k/2) of each head by the angles of `rotary` = cos, sin (b, t, k)."""
+    cos, sin = rotary
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    wide = x.astype(cos.dtype) * cos[:, :, None, :] + turned.astype(cos.dtype) * sin[:, :, None, :]
+    return wide.astype(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ layer layouts
+
+
+def stack_layers(params: Any) -> Any:
+    """Unrolled to scanned: every `layers_0 ... layers_{L-1}` of a nested dict becomes one `layers`, stacked on axis 0.
+
+    Raises ValueError where a number is missing or the layers differ in structure.
+    """
+    if not isinstance(params, Mapping):
+        return params
+    numbers = sorted(int(key[7:]) for key in params if _is_layer(key))
+    if numbers != list(range(len(numbers))):
+        raise ValueError(f"layers must be numbered 0 to L-1 without a gap, got {numbers}")
+    out = {key: stack_layers(value) for key, value in params.items() if not _is_layer(key)}
+    if numbers:
+        trees = [stack_layers(params[f"layers_{i}"]) for i in numbers]
+        first = jax.tree.structure(trees[0])
+        for i, tree in enumerate(trees):
+            if jax.tree.structure(tree) != first:
+                raise ValueError(f"layers_{i} has another structure than layers_0; such layers cannot be stacked")
+        out["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return out
+
+
+def unstack_layers(params: Any) -> Any:
+    """Scanned to unrolled: the inverse of `stack_layers`."""
+    if not isinstance(params, Mapping):
+        return params
+    out = {key: unstack_layers(value) for key, value in params.items() if key != "layers"}
+    if "layers" in params:
+        tree = unstack_layers(params["layers"])
+        counts = {leaf.shape[0] for leaf in jax.tree.leaves(tree)}
+        if len(counts) != 1:
+            raise ValueError(f"the leaves under 'layers' have different leading axes: {sorted(counts)}")
+        for i in range(counts.pop()):
+            out[f"layers_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], tree)
+    return out
+
+
+def _is_layer(key: str) -> bool:
+    return key.startswith("layers_") and key[7:].isdigit()

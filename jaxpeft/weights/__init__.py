@@ -1,0 +1,25 @@
+"""Array-like leaves: weights that know their own products."""
+
+from jaxpeft.weights.array_like import ArrayLike, densify, is_array_like
+from jaxpeft.weights.difference import difference
+from jaxpeft.weights.dora import column_norm, dora
+from jaxpeft.weights.factored import Dropout, Factor, Factored, Term
+from jaxpeft.weights.low_rank import low_rank
+from jaxpeft.weights.masked import masked
+from jaxpeft.weights.scaled import scaled
+
+__all__ = [
+    "ArrayLike",
+    "Dropout",
+    "Factor",
+    "Factored",
+    "Term",
+    "column_norm",
+    "densify",
+    "difference",
+    "dora",
+    "is_array_like",
+    "low_rank",
+    "masked",
+    "scaled",
+]
