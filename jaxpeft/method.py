@@ -167,13 +167,21 @@ class Entry(NamedTuple):
     mechanism: str
     mergeable: bool
     exact_start: bool
+    rate: float
 
 
 METHODS: dict[str, Entry] = {}
 
 
 def register(
-    *, family: str, paper: str, mechanism: str, mergeable: bool, exact_start: bool, name: str | None = None
+    *,
+    family: str,
+    paper: str,
+    mechanism: str,
+    mergeable: bool,
+    exact_start: bool,
+    rate: float = 1e-3,
+    name: str | None = None,
 ) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
     """Puts a factory into the registry under its own name.
 
@@ -183,11 +191,12 @@ def register(
       mechanism: "weights", "hooks", "reader", or "chain".
       mergeable: whether `merge` exists.
       exact_start: whether the adapted model equals its base before training, as the paper initialises it.
+      rate: the peak learning rate (Adam) that `finetune` takes where none is given.
       name: where it differs from the factory's.
     """
 
     def enter(factory: Callable[..., Method]) -> Callable[..., Method]:
-        METHODS[name or factory.__name__] = Entry(factory, family, paper, mechanism, mergeable, exact_start)
+        METHODS[name or factory.__name__] = Entry(factory, family, paper, mechanism, mergeable, exact_start, rate)
         return factory
 
     return enter

@@ -169,11 +169,14 @@ def download(
             _receive(url, part, timeout)
             break
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            status = error.code if isinstance(error, urllib.error.HTTPError) else None
+            status = None
+            if isinstance(error, urllib.error.HTTPError):  # an answer, which holds its connection open
+                status = error.code
+                error.close()
             if status == 416:  # nothing lies beyond what we hold: either whole, or of another file
                 break
             if status is not None and status < 500 and status not in (408, 429):
-                raise AssetError(f"{without_secrets(url)}: the server answers {status} {error.reason}") from error  # type: ignore
+                raise AssetError(f"{without_secrets(url)}: the server answers {status}") from error
             after = part.stat().st_size if part.exists() else 0
             failures = 0 if after > before else failures + 1
             if failures > retries:

@@ -278,9 +278,13 @@ def _built_in(name: str) -> _Source:
 
     cls = BUILDERS[name]
     with _quiet():
-        builder = cls(data_dir=str(cache_dir() / "tfds"), file_format="array_record")
-        _prepare(builder, name)
-        splits = {split: _read(builder, split, cls.KIND, "label", cls.KIND) for split in cls.COUNTS}
+        builder = _prepared(lambda: cls(data_dir=str(cache_dir() / "tfds"), file_format="array_record"), name)
+        try:
+            splits = {split: _read(builder, split, cls.KIND, "label", cls.KIND) for split in cls.COUNTS}
+        except Exception as error:  # whatever the reader of a damaged file raises
+            raise DatasetError(
+                f"{name}: {builder.data_dir} cannot be read ({error}); remove that folder and load again"
+            ) from error
     found = {split: len(part) for split, part in splits.items()}
     if found != cls.COUNTS:
         raise DatasetError(
@@ -295,16 +299,20 @@ def _from_tfds(name: str, keys: tuple[str, str] | None) -> _Source:
     config = name.partition(":")[0].partition("/")[0]
     if not re.fullmatch(r"[a-z0-9_]+", config):
         raise _unknown(name)
+
+    def make() -> Any:
+        return tfds.builder(name, data_dir=str(cache_dir() / "tfds"), file_format="array_record", try_gcs=False)
+
     with _quiet():
         try:
-            builder = tfds.builder(name, data_dir=str(cache_dir() / "tfds"), file_format="array_record", try_gcs=False)
+            make()
         except tfds.core.DatasetNotFoundError as error:
             raise _unknown(name) from error
         except ImportError as error:
             raise DatasetError(f"{name}: its tensorflow-datasets builder needs {error.name or error}") from error
         except (ValueError, RuntimeError) as error:  # an unknown config or version
             raise DatasetError(f"{name}: {error}") from error
-    _prepare(builder, name)
+    builder = _prepared(make, name)
     features: Any = builder.info.features
     content, label = _guess(name, builder, keys)
     if not isinstance(features[label], tfds.features.ClassLabel):
@@ -337,17 +345,19 @@ def _guess(name: str, builder: Any, keys: tuple[str, str] | None) -> tuple[str, 
     if chosen is None or len(chosen) != 2 or any(not isinstance(key, str) or key not in features for key in chosen):
         raise DatasetError(
             f"{name}: which features are the input and the label? Say keys=(input, label); "
-            f"there are {', '.join(features)}"
+            f"there are {', '.join(sorted(features))}"
         )
     return chosen[0], chosen[1]
 
 
-def _prepare(builder: Any, name: str) -> None:
-    """Prepares the set unless it is there; one process does it, others wait."""
+def _prepared(make: Callable[[], Any], name: str) -> Any:
+    """The builder of a set that is prepared; one process does it, others wait."""
     import tensorflow_datasets as tfds
 
+    with _quiet():
+        builder = make()
     if builder.is_prepared():
-        return
+        return builder
     built_in = name in NAMES
     if offline() and not built_in:
         raise DatasetError(
@@ -355,17 +365,28 @@ def _prepare(builder: Any, name: str) -> None:
             "folder there"
         )
     with locked("tfds-" + re.sub(r"\W+", "-", name)):
+        with _quiet():
+            builder = make()  # a builder reads what is prepared when it is made, and others may have prepared it since
         if builder.is_prepared():
-            return
+            return builder
         # Our own sets take seconds; a foreign one may download for long, so its progress stays visible.
         with _quiet() if built_in else contextlib.nullcontext():
-            builder.download_and_prepare(
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False), file_format="array_record"
-            )
+            try:
+                builder.download_and_prepare(
+                    download_config=tfds.download.DownloadConfig(try_download_gcs=False), file_format="array_record"
+                )
+            except Exception as error:  # a foreign builder may fail in any way: no network, TensorFlow missing, ...
+                if built_in:
+                    raise
+                raise DatasetError(f"{name}: tensorflow-datasets cannot prepare it: {error}") from error
+    return builder
 
 
 def _read(builder: Any, split: str, content: str, label: str, kind: Kind) -> Split:
-    source = builder.as_data_source(split=split, decoders=None)
+    try:
+        source = builder.as_data_source(split=split)
+    except NotImplementedError as error:  # prepared elsewhere, as TFRecord
+        raise DatasetError(f"{builder.name}: {error}; remove {builder.data_dir} and load again") from error
     rows = source.__getitems__(list(range(len(source)))) if len(source) else []
     labels = np.fromiter((int(row[label]) for row in rows), np.int32, len(rows))
     if kind == "text":
@@ -378,7 +399,10 @@ def _read(builder: Any, split: str, content: str, label: str, kind: Kind) -> Spl
             f"{builder.name}: images of {split} differ in shape ({len(shapes)} shapes, e.g. {sorted(shapes)[:3]}); "
             "only sets of one shape are loaded whole"
         )
-    return Split(np.stack([row[content] for row in rows]).astype(np.uint8), labels)
+    images = np.stack([row[content] for row in rows])
+    if images.dtype != np.uint8:
+        raise DatasetError(f"{builder.name}: pixels are {images.dtype}; only sets of uint8 images are loaded")
+    return Split(images, labels)
 
 
 def _own(path: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
@@ -522,7 +546,7 @@ def _unknown(name: str) -> DatasetError:
 
 
 def _near(name: str, names) -> str:
-    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name.lower(), list(names), n=3, cutoff=0.5)
     return f"; near: {', '.join(close)}" if close else ""
 
 

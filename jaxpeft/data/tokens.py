@@ -218,7 +218,8 @@ class Tokenizer:
 def _read(path: Path, count: int) -> Ragged | None:
     """What is stored, or None if nothing whole is (the archive carries checksums of its own)."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # np.load leaves a file open that it fails to read, unless someone else owns it
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             tokens = Ragged(stored["ids"], stored["offsets"])
         return tokens if len(tokens) == count and tokens.ids.dtype == np.int32 else None
     except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error):

@@ -9,7 +9,10 @@ stand `attention/{query,key,value,out}`, `attention_norm`, `mlp/{up,down,gate}`,
 carries the name "hidden", the embeddings "embedded", the last state "final_hidden" (`checkpoint_name`).
 """
 
+from jaxpeft.models.clip import Clip, ClipConfig, ClipTextConfig, TextTower, contrastive_loss
+from jaxpeft.models.decoder import Decoder, DecoderBlock, DecoderConfig, Rope, positions_from_mask
 from jaxpeft.models.encoder import Encoder, EncoderBlock, EncoderConfig, SequenceClassifier, mean_pool
+from jaxpeft.models.encoder_decoder import CrossBlock, EncoderDecoder, EncoderDecoderConfig, shift_right
 from jaxpeft.models.folder import ModelFolderError
 from jaxpeft.models.layers import (
     ACTIVATIONS,
@@ -23,6 +26,7 @@ from jaxpeft.models.layers import (
 )
 from jaxpeft.models.loading import hf_name, load_classifier, load_model, model_from_config, our_name, save_model
 from jaxpeft.models.names import TRANSFORMS
+from jaxpeft.models.vit import ImageClassifier, VisionConfig, VisionTransformer
 
 __all__ = [
     "ACTIVATIONS",
@@ -30,20 +34,37 @@ __all__ = [
     "AttentionCore",
     "Block",
     "BlockConfig",
+    "Clip",
+    "ClipConfig",
+    "ClipTextConfig",
+    "CrossBlock",
+    "Decoder",
+    "DecoderBlock",
+    "DecoderConfig",
     "Encoder",
     "EncoderBlock",
     "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
+    "ImageClassifier",
     "Mlp",
     "ModelFolderError",
+    "Rope",
     "SequenceClassifier",
     "TRANSFORMS",
+    "TextTower",
+    "VisionConfig",
+    "VisionTransformer",
+    "contrastive_loss",
     "hf_name",
     "load_classifier",
     "load_model",
     "mean_pool",
     "model_from_config",
     "our_name",
+    "positions_from_mask",
     "save_model",
+    "shift_right",
     "stack_layers",
     "unstack_layers",
 ]

@@ -2,9 +2,10 @@
 
     x₀ = word[ids] (+ position[p])      pre-norm blocks, causal      logits = head(norm(x_L))
 
-GPT-2 learns its positions, norms with mean and variance and keeps query, key and value in one product (`attention/qkv`);
-Llama turns query and key by their positions (RoPE), norms by the root mean square, gates its feed-forward block (SwiGLU)
-and shares key/value heads between query heads. The head is the word table itself where `tied`.
+GPT-2 learns its positions, norms with mean and variance and keeps query, key and value in one product
+(`attention/qkv`); Llama turns query and key by their positions (RoPE), norms by the root mean square, gates its
+feed-forward block (SwiGLU) and shares key/value heads between query heads. Where `tied`, the head is the
+word table.
 
 RoPE: pair i of a head turns by p · θ^(-2i/k). "linear" scaling divides all frequencies by `factor`; "llama3" divides
 those of a wavelength over `original / low`, keeps those under `original / high`, and blends between.

@@ -12,8 +12,8 @@ v1.1 gates its feed-forward block with gelu and does not scale before the head.
 A hook on `embeddings/word` (its `__call__`) puts virtual tokens in front of the encoder's input only: the decoder looks
 its words up through `plain`.
 
-Reference: Raffel et al., "Exploring the limits of transfer learning with a unified text-to-text transformer", JMLR 2020;
-Shazeer, "GLU variants improve transformer", 2020.
+Reference: Raffel et al., "Exploring the limits of transfer learning with a unified text-to-text transformer", JMLR
+2020; Shazeer, "GLU variants improve transformer", 2020.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ from jaxpeft.models.layers import (
     from_fields,
     norm,
     run_layers,
+    wide_dtype,
 )
 from jaxpeft.models.names import Row, dense_rows, embed_row, norm_rows
 
@@ -120,7 +121,8 @@ class WordTable(nn.Embed):
     """An embedding with a second door, `plain`, through which hooks on `__call__` do not see the look-up."""
 
     def plain(self, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        return nn.Embed.__call__(self, ids)
+        # Calling the parent's method instead would be intercepted under its name.
+        return jnp.take(jnp.asarray(self.embedding, self.dtype), ids, axis=0)
 
 
 class SharedEmbeddings(nn.Module):
@@ -194,7 +196,7 @@ class Stack(nn.Module):
         table = nn.Embed(
             c.buckets,
             c.heads,
-            dtype=jnp.promote_types(c.param_dtype, jnp.float32),
+            dtype=wide_dtype(c.param_dtype),
             param_dtype=c.param_dtype,
             embedding_init=nn.initializers.normal(c.width**-0.5),
             name="relative_bias",
@@ -206,9 +208,7 @@ class Stack(nn.Module):
         if causal:
             memory_bias = attention_bias(memory_mask, length)
             args = (bias, memory, memory_bias)
-            x = run_layers(
-                CrossBlock, c, x, *args, deterministic=deterministic, tap=self.tap, layers=c.decoder_layers
-            )
+            x = run_layers(CrossBlock, c, x, *args, deterministic=deterministic, tap=self.tap, layers=c.decoder_layers)
         else:
             x = run_layers(Block, c, x, bias, deterministic=deterministic, tap=self.tap)
         x = drop(norm(c, "final_norm")(x), deterministic=deterministic)
@@ -253,7 +253,7 @@ class EncoderDecoder(nn.Module):
 
     @nn.nowrap
     def name_rows(self) -> list[Row]:
-        return T5_ROWS
+        return T5_ROWS[self.config.gated]
 
     @nn.nowrap
     def hf_config(self) -> dict[str, Any]:
@@ -298,14 +298,14 @@ def build(hf: Mapping[str, Any], names: frozenset[str] | None, overrides: Mappin
     """
     config = EncoderDecoderConfig.from_hf(hf, **overrides)
     name = (hf.get("architectures") or ["T5ForConditionalGeneration"])[0]
-    if name != "T5ForConditionalGeneration":
+    if name not in ("T5ForConditionalGeneration", "T5WithLMHeadModel"):  # the second is its old name
         raise ValueError(f"architecture {name!r} is not read here; known: T5ForConditionalGeneration")
     if "tied" not in overrides and not config.scaled and "lm_head.weight" in (names or ()):
         config = dataclasses.replace(config, tied=False)
     return EncoderDecoder(config)
 
 
-def _t5_rows() -> list[Row]:
+def _t5_rows(gated: bool) -> list[Row]:
     rows = [embed_row("embeddings/word", "shared"), *dense_rows("lm_head", "lm_head")]
     for side in ("encoder", "decoder"):
         layer, there = f"{side}/layers_{{i}}/", f"{side}.block.{{i}}.layer."
@@ -318,14 +318,12 @@ def _t5_rows() -> list[Row]:
                 rows += dense_rows(f"{layer}{ours}/{part}", f"{there}{name}.{part[0]}")
             rows += norm_rows(f"{layer}{ours}_norm", f"{there}{name[0]}.layer_norm")
         rows += norm_rows(f"{layer}mlp_norm", f"{there}{last}.layer_norm")
-        # Plain T5 has `wi`; v1.1 has the gate `wi_0` and the product `wi_1`. The config decides which path exists.
+        rows += dense_rows(f"{layer}mlp/up", f"{there}{last}.DenseReluDense.{'wi_1' if gated else 'wi'}")
         rows += dense_rows(f"{layer}mlp/gate", f"{there}{last}.DenseReluDense.wi_0")
         rows += dense_rows(f"{layer}mlp/down", f"{there}{last}.DenseReluDense.wo")
         rows += norm_rows(f"{side}/final_norm", f"{side}.final_layer_norm")
-        rows.append(
-            embed_row(f"{side}/relative_bias", f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias")
-        )
+        rows.append(embed_row(f"{side}/relative_bias", f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias"))
     return rows
 
 
-T5_ROWS = _t5_rows()
+T5_ROWS = {gated: _t5_rows(gated) for gated in (False, True)}

@@ -226,7 +226,8 @@ def write_folder(
     try:
         for file, names in zip(files, shards, strict=True):
             # safetensors 0.8.0 saves strided or transposed numpy views as garbage; contiguous copies are safe.
-            arrays = {name: np.ascontiguousarray(tensors[name]) for name in names}
+            # (np.ascontiguousarray would make a scalar a vector.)
+            arrays = {name: np.asarray(tensors[name], order="C") for name in names}
             target = _temporary(folder, file, written)
             save_file(arrays, target, metadata={"format": "pt"})
             _flush(target)

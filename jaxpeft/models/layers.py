@@ -42,7 +42,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 # keys are all masked stays finite.
 MASKED = float(jnp.finfo(jnp.float32).min) / 2
 
-C = TypeVar("C", bound="BlockConfig")
+C = TypeVar("C")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class BlockConfig:
 
 def from_fields(cls: type[C], hf: Mapping[str, Any], fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> C:
     """A config of class `cls` from translated `fields`, remembering `hf`; `overrides` win."""
-    unknown = set(overrides) - {field.name for field in dataclasses.fields(cls)}
+    unknown = set(overrides) - {field.name for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     if unknown:
         raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
     extra = {key: value for key, value in hf.items() if key not in ("torch_dtype", "dtype")}
@@ -116,6 +116,11 @@ def from_fields(cls: type[C], hf: Mapping[str, Any], fields: Mapping[str, Any], 
 # ------------------------------------------------------------------------------------------------ small modules
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """float32, or `dtype` where that is wider; jnp.promote_types would refuse under strict promotion."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
 def kernel_init(config: BlockConfig, scale: float = 1.0) -> Callable[..., Array]:
     """Normal with the config's deviation, or fan-in scaled by `scale` where it has none."""
     if config.init_std is not None:
@@ -123,7 +128,9 @@ def kernel_init(config: BlockConfig, scale: float = 1.0) -> Callable[..., Array]
     return nn.initializers.variance_scaling(scale, "fan_in", "normal")
 
 
-def dense(config: BlockConfig, features: int, *, use_bias: bool, name: str, scale: float = 1.0) -> nn.Dense:
+def dense(
+    config: BlockConfig, features: int, *, use_bias: bool, name: str | None = None, scale: float = 1.0
+) -> nn.Dense:
     """A Dense with the config's dtypes and initialisation; its kernel is (in, out)."""
     return nn.Dense(
         features,
@@ -135,20 +142,39 @@ def dense(config: BlockConfig, features: int, *, use_bias: bool, name: str, scal
     )
 
 
-def norm(config: BlockConfig, name: str) -> nn.Module:
-    """The config's norm. Two-pass variance: E[x²] - E[x]² loses digits where a feature has a large mean."""
-    if config.norm == "rms":
-        return nn.RMSNorm(epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
-    return nn.LayerNorm(
-        epsilon=config.norm_eps,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        use_fast_variance=False,
-        name=name,
-    )
+class Norm(nn.Module):
+    """Layer norm, (x - mean) / √(var + eps) · scale + bias, or root mean square norm, x / √(mean x² + eps) · scale.
+
+    All of it in at least float32, the result in the config's dtype. Own, because flax's fails under strict promotion
+    where the parameters are kept in half precision.
+    """
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        c = self.config
+        shape = (x.shape[-1],)
+        lead = (1,) * (x.ndim - 1)
+        scale = self.param("scale", nn.initializers.ones, shape, c.param_dtype)
+        wide = x.astype(wide_dtype(x.dtype))
+        if c.norm == "layer":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        # In two passes: E[x²] - E[x]² loses digits where a feature has a large mean.
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + c.norm_eps)
+        wide = wide * scale.astype(wide.dtype).reshape(*lead, -1)
+        if c.norm == "layer":
+            bias = self.param("bias", nn.initializers.zeros, shape, c.param_dtype)
+            wide = wide + bias.astype(wide.dtype).reshape(*lead, -1)
+        return wide.astype(c.dtype)
 
 
-def embed(config: BlockConfig, rows: int, name: str, std: float | None = None) -> nn.Embed:
+def norm(config: BlockConfig, name: str) -> Norm:
+    """The config's norm under `name`."""
+    return Norm(config, name=name)
+
+
+def embed(config: BlockConfig, rows: int, name: str | None = None, std: float | None = None) -> nn.Embed:
     """An embedding table (rows, d) with the config's dtypes."""
     return nn.Embed(
         rows,
@@ -179,7 +205,7 @@ class AttentionCore(nn.Module):
         b, tq, h, size = q.shape
         tk, g = k.shape[1:3]
         scale = size**-0.5 if self.scale is None else self.scale
-        wide = jnp.promote_types(q.dtype, jnp.float32)
+        wide = wide_dtype(q.dtype)
         grouped = q.reshape(b, tq, g, h // g, size)
         scores = jnp.einsum("bqgrk,bsgk->bgrqs", grouped, k, preferred_element_type=wide) * scale
         scores = scores.reshape(b, h, tq, tk)

@@ -17,8 +17,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
-from jaxpeft.models import encoder
+from jaxpeft.models import clip, decoder, encoder, encoder_decoder, vit
+from jaxpeft.models.clip import Clip, ClipConfig
+from jaxpeft.models.decoder import Decoder, DecoderConfig
 from jaxpeft.models.encoder import Encoder, EncoderConfig, SequenceClassifier
+from jaxpeft.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxpeft.models.folder import (
     FLOATS,
     Entry,
@@ -30,16 +33,27 @@ from jaxpeft.models.folder import (
     read_tensors,
     write_folder,
 )
-from jaxpeft.models.layers import BlockConfig, stack_layers, unstack_layers
+from jaxpeft.models.layers import stack_layers, unstack_layers
 from jaxpeft.models.names import TRANSFORMS, Row, stored_shape, to_hf, to_ours
+from jaxpeft.models.vit import ImageClassifier, VisionConfig, VisionTransformer
 
 # model_type -> build(config dictionary, tensor names or None, overrides)
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "bert": encoder.build,
     "roberta": encoder.build,
+    "gpt2": decoder.build,
+    "llama": decoder.build,
+    "t5": encoder_decoder.build,
+    "vit": vit.build,
+    "clip": clip.build,
 }
-MODELS: dict[type[Any], type[nn.Module]] = {EncoderConfig: Encoder}
-CLASSIFIERS: tuple[type[nn.Module], ...] = (SequenceClassifier,)
+MODELS: dict[type[Any], type[nn.Module]] = {
+    EncoderConfig: Encoder,
+    DecoderConfig: Decoder,
+    EncoderDecoderConfig: EncoderDecoder,
+    VisionConfig: VisionTransformer,
+    ClipConfig: Clip,
+}
 _BUFFERS = (
     r".*\.position_ids",
     r".*rotary_emb\.inv_freq",
@@ -184,11 +198,16 @@ def _build(
     kind = hf.get("model_type")
     if kind not in BUILDERS:
         raise ModelFolderError(f"{where} is of model_type {kind!r}; known: {', '.join(sorted(BUILDERS))}")
-    return BUILDERS[kind](hf, names, overrides)
+    try:
+        return BUILDERS[kind](hf, names, overrides)
+    except ValueError as error:
+        raise ModelFolderError(f"{where}: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ModelFolderError(f"{where} has a {kind} configuration that cannot be read: {error!r}") from error
 
 
 def _model_of(model_or_config: Any) -> Any:
-    if isinstance(model_or_config, BlockConfig) or type(model_or_config) in MODELS:
+    if type(model_or_config) in MODELS:
         return MODELS[type(model_or_config)](model_or_config)  # pyright: ignore[reportCallIssue]
     return model_or_config
 
@@ -198,7 +217,11 @@ def _with_head(base: Any, num_labels: int, pooling: str | None) -> Any:
         pooling = pooling or "mean"
         config = dataclasses.replace(base.config, pooler=pooling == "bert")
         return SequenceClassifier(config, num_labels, pooling)
-    raise ValueError(f"{type(base).__name__} has no classifier here")
+    if isinstance(base, VisionTransformer | ImageClassifier):
+        if pooling is not None:
+            raise ValueError(f"an image classifier always reads the first token; pooling={pooling!r} was asked")
+        return ImageClassifier(dataclasses.replace(base.config, pooler=False), num_labels)
+    raise ValueError(f"{type(base).__name__} has no classifier here; those of BERT, RoBERTa and ViT folders do")
 
 
 def _expected(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -220,6 +243,8 @@ def _read_params(model: Any, index: Mapping[str, Entry], where: str, key: Array 
     expected = _expected(model)
     rows = model.name_rows()
     prefix, ignorable = model.reading()
+    if key is not None:
+        ignorable = (*ignorable, r"classifier\..*")  # an old head of another kind
     source: dict[str, tuple[str, str]] = {}  # tensor name -> our path, transform
     taken: dict[str, str] = {}
     left_over, misshapen = [], []

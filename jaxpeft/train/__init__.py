@@ -1,0 +1,53 @@
+"""Training deltas: the step, the loop, sharding, checkpoints, metrics, and whole runs."""
+
+from jaxpeft.train.checkpoints import CheckpointError, Checkpoints
+from jaxpeft.train.loop import Compiled, Fit, Interrupted, NonFiniteError, Scores, evaluate, fit
+from jaxpeft.train.metrics import Metrics, accuracy, f1_by_class, macro_f1
+from jaxpeft.train.run import Config, ConfigError, finetune, load, open_run, predict
+from jaxpeft.train.sharding import base_spec, make_mesh, place_base, place_batch, place_state, pmap_step
+from jaxpeft.train.step import (
+    Task,
+    TrainState,
+    create,
+    cross_entropy,
+    image_classification,
+    make_evaluation,
+    make_step,
+    text_classification,
+)
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "Compiled",
+    "Config",
+    "ConfigError",
+    "Fit",
+    "Interrupted",
+    "Metrics",
+    "NonFiniteError",
+    "Scores",
+    "Task",
+    "TrainState",
+    "accuracy",
+    "base_spec",
+    "create",
+    "cross_entropy",
+    "evaluate",
+    "f1_by_class",
+    "finetune",
+    "fit",
+    "image_classification",
+    "load",
+    "macro_f1",
+    "make_evaluation",
+    "make_mesh",
+    "make_step",
+    "open_run",
+    "place_base",
+    "place_batch",
+    "place_state",
+    "pmap_step",
+    "predict",
+    "text_classification",
+]

@@ -137,7 +137,9 @@ def test_pip_failures_carry_its_error_lines(monkeypatch):
         assets._pip("no-such-command")
 
 
-@pytest.mark.parametrize("report", ["", "{}", '{"install": []}', '{"install": [{"download_info": {"url": "ftp://x"}}]}'])
+@pytest.mark.parametrize(
+    "report", ["", "{}", '{"install": []}', '{"install": [{"download_info": {"url": "ftp://x"}}]}']
+)
 def test_a_report_without_a_usable_address_is_an_error(monkeypatch, report):
     monkeypatch.setattr(assets, "_pip", lambda *a: report)
     with pytest.raises(AssetError, match="pip's report on a==1"):
@@ -221,7 +223,7 @@ def test_files_placed_by_hand_serve_as_well(deb, cache):
 
 
 def test_offline_and_missing_apt_are_told(deb, cache, monkeypatch):
-    with pytest.raises(AssetError, match="JAXPEFT_OFFLINE.*dataset-toy"):
+    with pytest.raises(AssetError, match=r"JAXPEFT_OFFLINE.*dataset-toy"):
         fetch("toy-deb")
     monkeypatch.delenv("JAXPEFT_OFFLINE")
     monkeypatch.setattr(assets.shutil, "which", lambda name: None)
@@ -256,7 +258,7 @@ def test_apt_fetches_and_a_damaged_package_is_replaced(deb, cache, apt):
 
 
 def test_apt_failures_name_the_remedy(deb, apt):
-    with pytest.raises(AssetError, match="Unable to locate package.*apt-get update"):
+    with pytest.raises(AssetError, match=r"Unable to locate package.*apt-get update"):
         fetch("toy-deb")
     apt["content"] = b"junk"
     with pytest.raises(AssetError, match="not a whole Debian package"):

@@ -1,17 +1,23 @@
 """Downloads survive cut connections and bad servers; nothing is ever half there."""
 
-import gzip
 import hashlib
 import http.server
-import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from jaxpeft.data import _files
 from jaxpeft.data._files import AssetError, cache_dir, download, folder_written, offline, written
+
+HERE = Path(__file__).parents[2]
+# The room alone, without what the package's own __init__ imports.
+ROOT = (
+    "import sys, types\nroot = types.ModuleType('jaxpeft'); root.__path__ = ['jaxpeft']\n"
+    "sys.modules['jaxpeft'] = root\n"
+)
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -26,7 +32,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def url(self):
-        return f"http://user:secret@127.0.0.1:{self.server_port}/file.bin?token=secret".replace("user:secret@", "")
+        return f"http://127.0.0.1:{self.server_port}/file.bin?token=secret"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -138,7 +144,7 @@ def test_other_bytes_than_promised_are_refused(server, tmp_path):
     server.content = b"something else"
     with pytest.raises(AssetError, match="expected " + DIGEST):
         get(server, tmp_path / "a.bin")
-    assert list(tmp_path.iterdir()) == [tmp_path / "cache"] or list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_server_at_all_is_an_asset_error(tmp_path):
@@ -158,9 +164,8 @@ def test_a_file_address_is_copied_and_checked(tmp_path):
 
 def test_a_file_appears_only_when_its_block_ends_well(tmp_path):
     target = tmp_path / "sub" / "f"
-    with pytest.raises(RuntimeError), written(target) as file:
-        file.write(b"half")
-        raise RuntimeError
+    with pytest.raises(ZeroDivisionError), written(target) as file:
+        file.write(b"half" * (1 // 0))
     assert list(target.parent.iterdir()) == []
     with written(target) as file:
         file.write(b"whole")
@@ -172,9 +177,8 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     for text in ("one", "two"):
         with folder_written(target) as folder:
             (folder / "f").write_text(text)
-    with pytest.raises(RuntimeError), folder_written(target) as folder:
-        (folder / "f").write_text("three")
-        raise RuntimeError
+    with pytest.raises(ZeroDivisionError), folder_written(target) as folder:
+        (folder / "f").write_text("three" * (1 // 0))
     assert (target / "f").read_text() == "two"
     assert list(target.parent.iterdir()) == [target]
 
@@ -184,11 +188,11 @@ def test_a_second_process_waits_for_the_lock(cache, tmp_path):
     pytest.importorskip("fcntl")
     log = tmp_path / "log"
     program = (
-        "import sys, time\nfrom jaxpeft.data._files import locked\n"
+        f"{ROOT}import time\nfrom jaxpeft.data._files import locked\n"
         "with locked('x'):\n"
         f"    open({str(log)!r}, 'a').write('b')\n    time.sleep(0.1)\n    open({str(log)!r}, 'a').write('e')\n"
     )
-    running = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(4)]
+    running = [subprocess.Popen([sys.executable, "-c", program], cwd=HERE) for _ in range(4)]
     assert [process.wait() for process in running] == [0] * 4
     assert log.read_text() == "be" * 4
 
@@ -209,23 +213,24 @@ def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
 def test_importing_the_room_is_light():
     """Neither tensorflow-datasets nor scikit-learn nor jax is imported before it is needed."""
     program = (
-        "import sys, types\nroot = types.ModuleType('jaxpeft'); root.__path__ = ['jaxpeft']\n"
-        "sys.modules['jaxpeft'] = root\nimport jaxpeft.data\n"
-        "heavy = {'tensorflow_datasets', 'sklearn', 'rich', 'tokenizers', 'huggingface_hub', 'jax'} & set(sys.modules)\n"
+        f"{ROOT}import jaxpeft.data\n"
+        "names = {'tensorflow_datasets', 'sklearn', 'rich', 'tokenizers', 'huggingface_hub', 'jax'}\n"
+        "heavy = names & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )
-    here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    done = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_gzip_is_never_asked_for(server, tmp_path, monkeypatch):
-    """A compressed answer would make byte positions meaningless: the request says identity."""
+    """In a compressed answer the byte positions would be others than the file's: the request says identity."""
     seen = []
-    original = Handler.do_GET
-    monkeypatch.setattr(
-        Handler, "do_GET", lambda self: (seen.append(self.headers["Accept-Encoding"]), original(self))[1]
-    )
+    serve = Handler.do_GET
+
+    def watched(self):
+        seen.append(self.headers["Accept-Encoding"])
+        serve(self)
+
+    monkeypatch.setattr(Handler, "do_GET", watched)
     get(server, tmp_path / "a.bin")
     assert seen == ["identity"]
-    assert gzip.compress(b"")[:2] != CONTENT[:2]

@@ -1,0 +1,419 @@
+"""One whole run: a pretrained model, a data set, a method; trained, validated, tested, written to a folder.
+
+    runs/20260102-030405-lora-r8/
+      config.json   metrics.jsonl   result.json   curve.png   delta/   checkpoints/
+
+Experiments and every sub-command of the command line go through `finetune`, so their numbers mean the same.
+"""
+
+import dataclasses
+import inspect
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxpeft import data, trees
+from jaxpeft.adapt.full import head as head_method
+from jaxpeft.files import load_delta, save_delta, to_plain, write_atomically
+from jaxpeft.method import METHODS, Adapted, Delta, Method, Params, adapt, chain, entry
+from jaxpeft.models import load_classifier
+from jaxpeft.train import sharding
+from jaxpeft.train.checkpoints import Checkpoints
+from jaxpeft.train.loop import Compiled, Fit, Scores, evaluate, fit
+from jaxpeft.train.metrics import Metrics
+from jaxpeft.train.step import (
+    Task,
+    TrainState,
+    create,
+    image_classification,
+    make_evaluation,
+    make_step,
+    text_classification,
+)
+
+
+class ConfigError(ValueError):
+    """A run's configuration that cannot work."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run does. The defaults are those with which LoRA was best on R8's validation split.
+
+    Attributes:
+      model: a built-in name, a folder, or a hub id.
+      dataset: a built-in name, a folder or file of your own, or any tensorflow-datasets name.
+      method: any registered method (`jaxpeft methods` lists them).
+      options: of the method, `name=value` each: rank=16 dropout=0.1 "at=**/query/kernel".
+      epochs: passes over the training data.
+      steps: instead of epochs, where it is above 0.
+      batch_size: examples per update, over all devices.
+      rate: peak learning rate; 0 takes the method's own default.
+      head_rate: the head's, where it should differ; 0 for the same.
+      schedule: after the warm-up: linear or cosine decay to zero, or constant.
+      warmup: share of the steps in which the rate rises.
+      weight_decay: AdamW's, on the delta.
+      clip: norm to which gradients are clipped; 0 for none.
+      accumulate: parts that a batch is computed in, one after another.
+      max_length: tokens kept of a text.
+      pooling: what a text classifier reads: the mean of the tokens, the first token, or BERT's pooler.
+      per_class: training examples per class; 0 for all.
+      validate_every: steps between validations; 0 for once an epoch.
+      save_every: steps between checkpoints; 0 for once an epoch.
+      seed: of initialisation, order and dropout.
+      model_dropout: whether the base model's own dropout is on in training.
+      dtype: what the model computes in; parameters stay float32.
+      scan: one compiled layer, looped over.
+      remat: recompute activations in the backward pass.
+      fsdp: devices over which the base is divided; the others divide the batch.
+      test: whether the test split is scored at the end.
+    """
+
+    model: str = "all-MiniLM-L6-v2"
+    dataset: str = "r8"
+    method: str = "lora"
+    options: tuple[str, ...] = ()
+    epochs: float = 2.0
+    steps: int = 0
+    batch_size: int = 16
+    rate: float = 0.0
+    head_rate: float = 0.0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    accumulate: int = 1
+    max_length: int = 128
+    pooling: Literal["mean", "first", "bert"] = "mean"
+    per_class: int = 0
+    validate_every: int = 0
+    save_every: int = 0
+    seed: int = 0
+    model_dropout: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    scan: bool = False
+    remat: bool = False
+    fsdp: int = 1
+    test: bool = True
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The expensive parts of a run, which runs of one comparison share."""
+
+    model: Any
+    params: Params
+    folder: Path
+    dataset: data.Dataset
+    tokens: Mapping[str, Any]
+    tokenizer: Any
+    task: Task
+
+
+def parse_options(method: str, options: tuple[str, ...]) -> dict[str, Any]:
+    """`("rank=16", "at=**/kernel")` as keyword arguments of the method's factory: JSON values, else strings.
+
+    Raises:
+      ConfigError: no "=", or a name that the method does not have; its names are listed.
+    """
+    known = inspect.signature(entry(method).factory).parameters
+    out = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals or name not in known:
+            names = ", ".join(f"{p.name}={p.default!r}" for p in known.values() if p.name != "name")
+            raise ConfigError(f"option {option!r} for {method}{trees.near(name, known)}; it takes {names}")
+        try:
+            out[name] = json.loads(value)
+        except json.JSONDecodeError:
+            out[name] = value
+    return out
+
+
+def build_method(config: Config, **overrides: Any) -> Method:
+    """The configured method, with the task's head trained along: it is new, so every method has to train it."""
+    factory = entry(config.method).factory
+    method = factory(**{**parse_options(config.method, config.options), **overrides})
+    return method if config.method in ("full", "head") else chain(method, head_method())
+
+
+def load(config: Config) -> Loaded:
+    """Reads model and data; everything is cached on disk after the first time."""
+    dataset = data.load(config.dataset)
+    if config.per_class:
+        dataset = data.subsample(dataset, per_class=config.per_class, seed=config.seed, short="keep")
+    folder = data.model_folder(config.model)
+    overrides = {"dtype": config.dtype, "scan": config.scan, "remat": config.remat}
+    text = dataset.kind == "text"
+    model, params = load_classifier(
+        folder,
+        dataset.num_classes,
+        pooling=config.pooling if text else None,
+        key=jax.random.key(config.seed),
+        fresh_head=True,
+        **overrides,
+    )
+    if not text:
+        pixels = {
+            name: _fitted(split.inputs, dataset.pixel_max, model.config) for name, split in dataset.splits.items()
+        }
+        return Loaded(model, params, folder, dataset, pixels, None, image_classification(config.model_dropout))
+    tokenizer = data.Tokenizer(folder)
+    tokens = {name: tokenizer.encode(split.inputs, config.max_length) for name, split in dataset.splits.items()}
+    return Loaded(model, params, folder, dataset, tokens, tokenizer, text_classification(config.model_dropout))
+
+
+def _fitted(images: Any, pixel_max: float, config: Any) -> Any:
+    """Images as the model reads them: its size and channels, values in [-1, 1] as its preprocessing has them."""
+    x = jnp.asarray(images, jnp.float32) / pixel_max
+    shape = (len(x), config.image_size, config.image_size, x.shape[-1])
+    x = x if x.shape == shape else jax.image.resize(x, shape, "bilinear")
+    x = jnp.repeat(x, config.channels, axis=-1) if x.shape[-1] == 1 < config.channels else x
+    return np.asarray(2 * x - 1)
+
+
+def batches_of(loaded: Loaded, split: str, batch_size: int, *, seed: int = 0, shuffle: bool = False) -> Any:
+    """The batches of one split, of this process's rows."""
+    labels = loaded.dataset.splits[split].labels
+    where = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    options = {"batch_size": batch_size, "seed": seed, "shuffle": shuffle, **where}
+    if loaded.tokenizer is None:
+        return data.image_batches(loaded.tokens[split], labels, pixel_max=1, **options)
+    return data.text_batches(loaded.tokens[split], labels, pad_id=loaded.tokenizer.pad_id, **options)
+
+
+def schedule_of(config: Config, steps: int, peak: Any) -> optax.Schedule:
+    """Rises over the warm-up, then decays to zero at `steps`; `peak` may be traced."""
+    up = round(config.warmup * steps)
+    after = {
+        "linear": optax.linear_schedule(peak, 0.0, max(steps - up, 1)),
+        "cosine": optax.cosine_decay_schedule(peak, max(steps - up, 1)),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(up, 1)), after], [up]) if up else after
+
+
+def optimiser_of(config: Config, steps: int, rate: Any = None) -> optax.GradientTransformation:
+    """AdamW on the delta, clipped; the head at a rate of its own where one is set."""
+    peak = (config.rate or entry(config.method).rate) if rate is None else rate
+    clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+
+    def adam(peak: Any) -> optax.GradientTransformation:
+        return optax.adamw(schedule_of(config, steps, peak), weight_decay=config.weight_decay)
+
+    if not config.head_rate:
+        return optax.chain(*clip, adam(peak))
+    parts = {"head": adam(config.head_rate), "delta": adam(peak)}
+    rule = {"head": "**/head/**"}
+    return optax.chain(*clip, optax.multi_transform(parts, lambda tree: trees.labels(tree, rule, default="delta")))
+
+
+def total_steps(config: Config, batches: Any) -> int:
+    return config.steps or max(1, round(config.epochs * len(batches)))
+
+
+Progress = Callable[[int, int, float, dict[str, float]], None]
+
+
+def finetune(
+    config: Config,
+    folder: Path | None,
+    *,
+    loaded: Loaded | None = None,
+    resume: bool = False,
+    progress: Progress = lambda *_: None,
+) -> dict[str, Any]:
+    """Trains, validates, tests.
+
+    Args:
+      config: of the run.
+      folder: where everything is written; None for nowhere.
+      loaded: from `load`, to share between runs.
+      resume: continue from the newest checkpoint in `folder`, to the same final numbers, bit for bit.
+      progress: `(step, steps, examples per second, numbers)`.
+
+    Returns:
+      The result as plain data: test and validation scores, trained parameters, seconds, bytes.
+
+    Raises:
+      ConfigError, DatasetError, AssetError, ModelFolderError, PatternError, NonFiniteError, Interrupted.
+    """
+    began = time.perf_counter()
+    loaded = load(config) if loaded is None else loaded
+    method = build_method(config)
+    adapted = adapt(loaded.model.apply, method)
+    train = batches_of(loaded, "train", config.batch_size, seed=config.seed, shuffle=True)
+    steps = total_steps(config, train)
+    optimiser = optimiser_of(config, steps)
+    params, place, state = _placed(config, loaded, adapted, optimiser, train)
+
+    evaluation = Compiled(make_evaluation(adapted, loaded.task))
+    step = Compiled(make_step(adapted, loaded.task, optimiser, accumulate=config.accumulate), donate_argnums=0)
+    held_out = batches_of(loaded, "validation", _evaluation_rows(config))
+
+    def validate(state: TrainState) -> Scores:
+        return evaluate(evaluation, state.delta, params, held_out, place)
+
+    checkpoints = metrics = None
+    if folder is not None:
+        checkpoints = Checkpoints(folder)
+        if resume:
+            state = checkpoints.restore(state)
+        metrics = Metrics(folder, keep_until=int(state.step) if resume else None)
+        write_json(folder / "config.json", dataclasses.asdict(config))
+    how = Fit(
+        validate=validate if len(loaded.dataset.validation) else None,
+        validate_every=config.validate_every or len(train),
+        checkpoints=checkpoints,
+        save_every=config.save_every or len(train),
+        metrics=metrics,
+        progress=lambda at, rate, numbers: progress(at, steps, rate, numbers),
+        place=place,
+    )
+    training = time.perf_counter()
+    state = fit(step, state, params, train, steps, how)
+    seconds = time.perf_counter() - training
+    result = _result(config, loaded, state.delta, params, step, validate(state))
+    if config.test:
+        scores = evaluate(evaluation, state.delta, params, batches_of(loaded, "test", _evaluation_rows(config)), place)
+        result |= {"test_accuracy": scores.accuracy, "test_macro_f1": scores.macro_f1, "test_loss": scores.loss}
+    result |= {"steps": steps, "train_seconds": seconds, "compile_seconds": step.seconds + evaluation.seconds}
+    result["seconds"] = time.perf_counter() - began
+    if folder is not None:
+        delta = jax.device_get(state.delta)
+        labels = list(loaded.dataset.labels)
+        where = save_delta(
+            folder / "delta", delta, method, loaded.params, labels=labels, config=dataclasses.asdict(config)
+        )
+        result["delta_bytes"] = sum(f.stat().st_size for f in where.iterdir())
+        write_json(folder / "result.json", result)
+    return result
+
+
+def _placed(
+    config: Config, loaded: Loaded, adapted: Adapted, optimiser: Any, train: Any
+) -> tuple[Any, Any, TrainState]:
+    """Base and state on the devices there are, and what puts a batch there."""
+    key = jax.random.key(config.seed)
+    example = train.batch(0)
+    init = lambda key, params: adapted.init(key, params, *_inputs(loaded, example))
+    state = create(jax.jit(init)(key, loaded.params), optimiser, config.seed)
+    if jax.device_count() == 1:
+        return loaded.params, None, state
+    if config.batch_size % jax.device_count() or jax.device_count() % config.fsdp:
+        raise ConfigError(
+            f"batch_size={config.batch_size} and fsdp={config.fsdp} on {jax.device_count()} devices: the batch must "
+            "divide by the devices, the devices by fsdp"
+        )
+    mesh = sharding.make_mesh(jax.device_count() // config.fsdp, config.fsdp)
+    place = lambda batch: sharding.place_batch(mesh, batch)
+    return sharding.place_base(mesh, loaded.params), place, sharding.place_state(mesh, state)
+
+
+def _inputs(loaded: Loaded, batch: Any) -> tuple[Any, ...]:
+    return (batch.image,) if loaded.tokenizer is None else (batch.input_ids, batch.attention_mask)
+
+
+def _evaluation_rows(config: Config) -> int:
+    return max(config.batch_size, 32 // config.batch_size * config.batch_size)
+
+
+def _result(
+    config: Config, loaded: Loaded, delta: Delta, params: Params, step: Compiled, scores: Scores
+) -> dict[str, Any]:
+    trained, whole = trees.count(trees.learned(delta)[0]), trees.count(params)
+    return {
+        "method": config.method,
+        "dataset": config.dataset,
+        "model": config.model,
+        "seed": config.seed,
+        "train_examples": len(loaded.dataset.train),
+        "validation_accuracy": scores.accuracy,
+        "validation_macro_f1": scores.macro_f1,
+        "trained_parameters": trained,
+        "model_parameters": whole,
+        "trained_percent": 100 * trained / whole,
+        "step_peak_bytes": step.peak_bytes,
+        "step_temporary_bytes": step.temporary_bytes,
+    }
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run, ready to be used."""
+
+    adapted: Adapted
+    params: Params
+    delta: Delta
+    loaded: Loaded
+    config: Config
+    labels: tuple[str, ...]
+
+
+def open_run(folder: Path) -> Trained:
+    """A run from its folder (or from its `delta` folder).
+
+    Raises:
+      DeltaError: it holds no delta, or one of another base.
+    """
+    folder = Path(folder)
+    where = folder / "delta" if (folder / "delta").is_dir() else folder
+    saved = load_delta(where)
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.extra["config"].items()}
+    config = Config(**fields)
+    loaded = load(dataclasses.replace(config, per_class=0))
+    saved = load_delta(where, loaded.params)
+    adapted = adapt(loaded.model.apply, saved.method)
+    return Trained(adapted, loaded.params, saved.delta, loaded, config, tuple(saved.extra["labels"]))
+
+
+def predict(run: Trained, texts: list[str], rows: int = 32) -> tuple[list[str], np.ndarray]:
+    """Labels and class probabilities (n, c) of texts.
+
+    Raises:
+      ConfigError: an empty text, or a run on images.
+    """
+    if run.loaded.tokenizer is None:
+        raise ConfigError("this run classifies images, not texts")
+    if empty := [i for i, t in enumerate(texts) if not t.strip()]:
+        raise ConfigError(f"text {empty[0]} is empty: there is nothing to classify")
+    tokens = run.loaded.tokenizer.encode(texts, run.config.max_length, cache=False)
+    batches = data.text_batches(
+        tokens, None, batch_size=min(rows, len(texts)), shuffle=False, pad_id=run.loaded.tokenizer.pad_id
+    )
+    apply = jax.jit(lambda params, delta, ids, mask: jax.nn.softmax(run.adapted.apply(params, delta, ids, mask)))
+    out = np.zeros((len(texts), len(run.labels)))
+    for batch in batches.epoch():
+        p = np.asarray(apply(run.params, run.delta, batch.input_ids, batch.attention_mask))
+        out[batch.index[batch.index >= 0]] = p[batch.index >= 0]
+    return [run.labels[i] for i in out.argmax(-1)], out
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda p: p.write_text(json.dumps(to_plain(value), indent=1) + "\n"))
+
+
+def parameters_for(config: Config, loaded: Loaded) -> dict[str, int]:
+    """Trained parameters of every method for this model, from shapes alone; -1 where a method does not fit it."""
+    out = {}
+    for name in METHODS:
+        try:
+            method = build_method(dataclasses.replace(config, method=name, options=()))
+            batch = batches_of(loaded, "validation", 2).batch(0)
+            init = adapt(loaded.model.apply, method).init
+            shapes = jax.eval_shape(
+                lambda k, p, i=init: i(k, p, *_inputs(loaded, batch)), jax.random.key(0), loaded.params
+            )
+            out[name] = trees.count(trees.learned(shapes)[0])
+        except ValueError:
+            out[name] = -1
+    return out
