@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax import lax
+from jax import api_util, lax
 from jax.extend import core
 from jax.extend.core import primitives as prims
 from jaxtyping import Array
@@ -122,8 +122,12 @@ def _form(x: Any, primitive: str, report: Report) -> Any:
 def bind_again(equation: Any, operands: Sequence[Any]) -> list[Any]:
     """One equation as it stands. A jaxpr of one equation keeps every primitive working without knowing it."""
     inputs = {v: x for v, x in zip(equation.invars, operands) if not isinstance(v, core.Literal)}
-    one = core.Jaxpr((), list(inputs), list(equation.outvars), [equation], equation.effects)
+    one = core.Jaxpr((), list(inputs), list(equation.outvars), [equation], equation.effects, _NAMELESS)
     return core.jaxpr_as_fun(core.ClosedJaxpr(one, ()))(*inputs.values())
+
+
+# jax wants a jaxpr's arguments named for its error messages; those of one equation have no names.
+_NAMELESS = api_util.debug_info("lift", bind_again, (None, ()), {}).with_unknown_names()
 
 
 def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], report: Report) -> list[Any]:

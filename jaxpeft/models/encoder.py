@@ -39,7 +39,11 @@ EncoderBlock = Block
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig(BlockConfig):
-    """A BERT-type encoder. `family` is "bert" or "roberta"; `pooler` adds BERT's dense layer on the first token."""
+    """A BERT-type encoder. `family` is "bert" or "roberta"; `pooler` adds BERT's dense layer on the first token.
+
+    `narrow` lets a classifier that reads the first token alone compute nothing else in the last layer: the same logits
+    for less, but no whole "final_hidden" for readers.
+    """
 
     vocab: int
     max_positions: int = 512  # rows of the position table, RoBERTa's offset included
@@ -47,6 +51,7 @@ class EncoderConfig(BlockConfig):
     pad_id: int = 0
     family: str = "bert"
     pooler: bool = False
+    narrow: bool = False
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], **overrides: Any) -> "EncoderConfig":
@@ -146,13 +151,14 @@ class Encoder(nn.Module):
         *,
         deterministic: bool = True,
         pooled: bool = False,
+        first_only: bool = False,
     ) -> Any:
         c = self.config
         checked_mask(attention_mask, input_ids)
         x = EncoderEmbeddings(c, name="embeddings")(input_ids, token_type_ids, deterministic)
         x = checkpoint_name(x, "embedded")
         bias = attention_bias(extend_left(attention_mask, x.shape[1], 1), x.shape[1])
-        x = run_layers(EncoderBlock, c, x, bias, deterministic=deterministic)
+        x = run_layers(EncoderBlock, c, x, bias, deterministic=deterministic, first_only=first_only)
         if c.pre_norm:
             x = norm(c, "final_norm")(x)
         x = checkpoint_name(x, "final_hidden")
@@ -225,9 +231,11 @@ class SequenceClassifier(nn.Module):
         c = dataclasses.replace(self.config, pooler=self.pooling == "bert")
         backbone = Encoder(c, name="backbone")
         if self.pooling == "bert":
-            _, x = backbone(input_ids, attention_mask, token_type_ids, deterministic=deterministic, pooled=True)
+            own = {"pooled": True, "first_only": c.narrow}
+            _, x = backbone(input_ids, attention_mask, token_type_ids, deterministic=deterministic, **own)
         else:
-            hidden = backbone(input_ids, attention_mask, token_type_ids, deterministic=deterministic)
+            first = c.narrow and self.pooling == "first"
+            hidden = backbone(input_ids, attention_mask, token_type_ids, deterministic=deterministic, first_only=first)
             x = hidden[:, 0] if self.pooling == "first" else mean_pool(hidden, attention_mask)
         if self.head_kind == "roberta":
             return RobertaHead(c, self.num_labels, name="head")(x, deterministic)

@@ -28,8 +28,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxpeft.models import fused
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": fused.gelu,
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -45,14 +47,19 @@ MASKED = float(jnp.finfo(jnp.float32).min) / 2
 C = TypeVar("C")
 
 
+def plain_gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """What a block needs to know; the families' configs add embeddings and heads.
 
     `head_dim` need not be `width / heads`, and `kv_heads` (None: as many as `heads`) may be any divisor of `heads`.
     `dropout` acts on hidden states. `scan` keeps the layers stacked on a leading axis and compiles one of them,
-    `remat` recomputes them in the backward pass; both change no number. `dtype` is for computing, `param_dtype` for
-    keeping. `extra` is the JSON of the configuration it was read from, so that what we do not use is written back.
+    `remat` recomputes them in the backward pass; both change no number.
+    `plain` takes formulations without backward passes of their own (see `fused`), which forward mode needs. `dtype` is
+    for computing, `param_dtype` for keeping. `extra` is the JSON of the configuration it was read from, so that what we do not use is written back.
     """
 
     width: int
@@ -76,6 +83,7 @@ class BlockConfig:
     init_std: float | None = 0.02  # None: fan-in scaling
     scan: bool = False
     remat: bool = False
+    plain: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     extra: str = dataclasses.field(default="", compare=False, repr=False)
@@ -155,18 +163,15 @@ class Norm(nn.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         c = self.config
         shape = (x.shape[-1],)
-        lead = (1,) * (x.ndim - 1)
-        scale = self.param("scale", nn.initializers.ones, shape, c.param_dtype)
-        wide = x.astype(wide_dtype(x.dtype))
+        wide = wide_dtype(x.dtype)
+        scale = self.param("scale", nn.initializers.ones, shape, c.param_dtype).astype(wide)
         if c.norm == "layer":
-            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        # In two passes: E[x²] - E[x]² loses digits where a feature has a large mean.
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + c.norm_eps)
-        wide = wide * scale.astype(wide.dtype).reshape(*lead, -1)
-        if c.norm == "layer":
-            bias = self.param("bias", nn.initializers.zeros, shape, c.param_dtype)
-            wide = wide + bias.astype(wide.dtype).reshape(*lead, -1)
-        return wide.astype(c.dtype)
+            bias = self.param("bias", nn.initializers.zeros, shape, c.param_dtype).astype(wide)
+            norm = fused.plain_layer_norm if c.plain else fused.layer_norm
+            return norm(x, scale, bias, c.norm_eps).astype(c.dtype)
+        y = x.astype(wide)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + c.norm_eps)
+        return (y * scale.reshape((1,) * (x.ndim - 1) + shape)).astype(c.dtype)
 
 
 def norm(config: BlockConfig, name: str) -> Norm:
@@ -193,6 +198,7 @@ class AttentionCore(nn.Module):
     """
 
     scale: float | None = None
+    plain: bool = False
 
     @nn.compact
     def __call__(
@@ -205,6 +211,8 @@ class AttentionCore(nn.Module):
         b, tq, h, size = q.shape
         tk, g = k.shape[1:3]
         scale = size**-0.5 if self.scale is None else self.scale
+        if not self.plain:
+            return fused.attention(q, k, v, bias, scale)
         wide = wide_dtype(q.dtype)
         grouped = q.reshape(b, tq, g, h // g, size)
         scores = jnp.einsum("bqgrk,bsgk->bgrqs", grouped, k, preferred_element_type=wide) * scale
@@ -245,7 +253,7 @@ class Attention(nn.Module):
         v = v.reshape(*v.shape[:2], g, c.head_dim)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        y = AttentionCore(c.attention_scale, name="core")(q, k, v, bias)
+        y = AttentionCore(c.attention_scale, c.plain, name="core")(q, k, v, bias)
         return dense(c, c.width, use_bias=c.out_bias, name="out")(y.reshape(*y.shape[:2], c.heads * c.head_dim))
 
 
@@ -257,7 +265,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], deterministic: bool = True) -> Float[Array, "b t d"]:
         c = self.config
-        act = ACTIVATIONS[c.activation]
+        act = plain_gelu if c.plain and c.activation == "gelu" else ACTIVATIONS[c.activation]
         y = dense(c, c.mlp_width, use_bias=c.mlp_bias, name="up")(x)
         y = act(dense(c, c.mlp_width, use_bias=c.mlp_bias, name="gate")(x)) * y if c.gated else act(y)
         if c.inner_dropout:
@@ -267,9 +275,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward block, pre- or post-norm as the config says."""
+    """Self-attention and feed-forward block, pre- or post-norm as the config says.
+
+    With `first_only` the block returns the first position's state alone, (b, 1, d): what a last layer owes a classifier
+    that reads the first token. Keys and values still come from all positions.
+    """
 
     config: BlockConfig
+    first_only: bool = False
 
     @nn.compact
     def __call__(
@@ -283,10 +296,14 @@ class Block(nn.Module):
         attention, mlp = Attention(c, name="attention"), Mlp(c, name="mlp")
         attention_norm, mlp_norm = norm(c, "attention_norm"), norm(c, "mlp_norm")
         drop = nn.Dropout(c.dropout)
+        n = slice(1 if self.first_only else None)
         if c.pre_norm:
-            x = x + drop(attention(attention_norm(x), bias, rotary=rotary), deterministic=deterministic)
+            memory = attention_norm(x)
+            y = attention(memory[:, n], bias, memory if self.first_only else None, rotary)
+            x = x[:, n] + drop(y, deterministic=deterministic)
             return x + mlp(mlp_norm(x), deterministic)
-        x = attention_norm(x + drop(attention(x, bias, rotary=rotary), deterministic=deterministic))
+        y = attention(x[:, n], bias, x if self.first_only else None, rotary)
+        x = attention_norm(x[:, n] + drop(y, deterministic=deterministic))
         return mlp_norm(x + mlp(x, deterministic))
 
 
@@ -301,11 +318,13 @@ def run_layers(
     deterministic: bool,
     tap: str = "",
     layers: int = 0,
+    first_only: bool = False,
 ) -> Array:
     """Send `x` through the config's layers, unrolled or scanned, each optionally recomputed in the backward pass.
 
     To be called inside a compact method. `args[0]` is the additive bias, the rest follow `deterministic` in the
-    block's signature. Each block's output is named `tap + "hidden"`, the name readers find it by.
+    block's signature. Each block's output is named `tap + "hidden"`, the name readers find it by. With `first_only`
+    the last layer computes the first position alone, where layers are not scanned.
     """
 
     def body(layer: nn.Module, x: Array, *args: Any) -> tuple[Array, None]:
@@ -326,7 +345,8 @@ def run_layers(
         )
         return loop(block(config, name="layers"), x, *args)[0]
     for i in range(count):
-        x, _ = body(block(config, name=f"layers_{i}"), x, *args)
+        own = {"first_only": True} if first_only and i == count - 1 else {}
+        x, _ = body(block(config, name=f"layers_{i}", **own), x, *args)
     return x
 
 

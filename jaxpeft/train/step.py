@@ -159,7 +159,8 @@ def _accumulated(gradient: Any, state: TrainState, params: PyTree, batch: Any, k
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % parts:
         raise ValueError(f"a batch of {rows} rows does not divide into accumulate={parts} parts")
-    cut = jax.tree.map(lambda x: x.reshape(parts, rows // parts, *x.shape[1:]), batch)
+    # Part i takes the rows i, i + parts, ...: on a mesh every part then has rows of every device.
+    cut = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(rows // parts, parts, *x.shape[1:]), 1, 0), batch)
 
     def one(total: Any, part: Any) -> Any:
         i, piece = part

@@ -214,6 +214,10 @@ class Factored(ArrayLike):
         free = iter(_fresh(self, x.ndim))
         own = [groups[i] if i in groups else next(free) for i in range(x.ndim)]
         shape = [n for i, size in enumerate(x.shape) for n in ([sizes[c] for c in own[i]] if i in groups else [size])]
+        # An elementwise gain, along summed and kept axes at once, belongs neither to the input nor to the result.
+        summed = {c for j in contract[1] for c in self.axes[j]}
+        if any(summed & set(f.axes) and set(f.axes) - set("".join(own)) for f in self.gain):
+            return NotImplemented
         x_free = [own[i] for i in range(x.ndim) if i not in groups]
         w_free = [self.axes[j] for j in range(len(self.axes)) if j not in (*contract[1], *batch[1])]
         out = [*(groups[i] for i in batch[0]), *x_free, *w_free]
