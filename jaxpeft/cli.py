@@ -44,15 +44,14 @@ class Finetune:
 
     def run(self) -> None:
         from jaxpeft.train.report import result_table, save_curve
-        from jaxpeft.train.run import Config, finetune
+        from jaxpeft.train.run import config_from, finetune
 
         if self.resume:
             folder = self.resume
             path = folder / "config.json"
             if not path.exists():
                 raise ValueError(f"there is no config.json in {folder}: it is not the folder of a run")
-            fields = json.loads(path.read_text())
-            config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+            config = config_from(json.loads(path.read_text()))
         else:
             config = self.config
             folder = (
@@ -236,7 +235,7 @@ def environment() -> None:
 
     from jaxpeft.data import cache_dir
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

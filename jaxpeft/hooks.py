@@ -142,13 +142,14 @@ def _operate(model: nnx.Module, chosen: Mapping[str, list[Around]], site: Callab
 # -------------------------------------------------------------------------------------------------------- interception
 
 
-def _around(hooks: Sequence[Around], site: Site, call: Callable[..., Any]) -> Callable[..., Any]:
+def _around(hooks: Sequence[Around], site: Site, module: Callable[..., Any]) -> Callable[..., Any]:
+    whole = module
     for around in hooks:
 
-        def call(*args: Any, _around: Around = around, _call: Callable[..., Any] = call, **kwargs: Any) -> Any:
+        def whole(*args: Any, _around: Around = around, _call: Callable[..., Any] = whole, **kwargs: Any) -> Any:
             return _around(site, _call, *args, **kwargs)
 
-    return call
+    return whole
 
 
 _REPEATING: contextvars.ContextVar[bool] = contextvars.ContextVar("repeating", default=False)

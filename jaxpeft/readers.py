@@ -58,7 +58,7 @@ def read(
     Raises:
       TapError: a mark is not met, or stands inside a conditional or a while loop.
     """
-    wanted = frozenset((*names, *([answer_at] if answer_at else [])))
+    wanted: frozenset[str] = frozenset([*names, *([answer_at] if answer_at else [])])
 
     @functools.wraps(apply_fn)
     def run(*args: Any, **kwargs: Any) -> tuple[Any, Taps]:

@@ -18,6 +18,9 @@ from jaxpeft.interchange.keys import SUPPORTED, check_keys
 from jaxpeft.interchange.layout import PREFIX, VIRTUAL_PREFIX, Part
 from jaxpeft.interchange.view import View, contiguous
 from jaxpeft.method import Delta, Method, Params, chain
+from jaxpeft.models.decoder import Decoder
+from jaxpeft.models.encoder import Encoder, SequenceClassifier
+from jaxpeft.models.encoder_decoder import EncoderDecoder
 from jaxpeft.models.folder import listed, near_name
 
 CONFIG, ARRAYS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -169,11 +172,11 @@ def _parts(config: Mapping[str, Any], delta: Any) -> list[Part]:
 
 def _task(view: View) -> str | None:
     """PEFT's task, which chooses the class that runs the model; None where no class is needed or fits."""
-    architecture = view.model.hf_config()["architectures"][0]
-    name = type(view.model).__name__
-    if name == "SequenceClassifier":
+    if isinstance(view.model, SequenceClassifier):
+        architecture = view.model.hf_config()["architectures"][0]
         return "SEQ_CLS" if architecture.endswith("ForSequenceClassification") else None
-    return {"Decoder": "CAUSAL_LM", "EncoderDecoder": "SEQ_2_SEQ_LM", "Encoder": "FEATURE_EXTRACTION"}.get(name)
+    tasks = {Decoder: "CAUSAL_LM", EncoderDecoder: "SEQ_2_SEQ_LM", Encoder: "FEATURE_EXTRACTION"}
+    return tasks.get(type(view.model))
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -6,8 +6,9 @@
     a (y, x, in, r), b (r, out)         lora_A.weight (r, in, y, x), lora_B.weight (out, r, 1, 1)
     magnitude (out)                     lora_magnitude_vector (out), of a convolution (1, out, 1, 1)
 
-GPT-2's Conv1D is written as any linear layer (`fan_in_fan_out`). DoRA computes the same in evaluation; with dropout
-while training, PEFT drops the input of the base product as well, the library here that of the low-rank product alone.
+GPT-2's Conv1D is written as any linear layer (`fan_in_fan_out`). DoRA computes the same in evaluation. With dropout
+while training, PEFT multiplies the base weight with the dropped input, too, where the gain adds to the base's output;
+here the low-rank product alone sees it.
 """
 
 import re

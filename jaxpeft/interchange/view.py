@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxpeft import trees
 from jaxpeft.interchange.errors import InterchangeError
+from jaxpeft.models.encoder_decoder import EncoderDecoder
 from jaxpeft.models.names import to_hf
 
 HEAD = "classifier"
@@ -178,7 +179,7 @@ def is_shared(view: View, leaf: Leaf) -> str:
     """
     if not leaf.path.endswith("embeddings/word/embedding") or not hasattr(view.model.config, "tied"):
         return ""
-    if type(view.model).__name__ == "EncoderDecoder":
+    if isinstance(view.model, EncoderDecoder):
         return "T5's encoder and decoder look up in copies of this table that PEFT leaves as they were"
     return "the head shares this table, and PEFT adapts the look-up alone" if view.model.config.tied else ""
 

@@ -29,9 +29,12 @@ from jaxpeft.interchange.errors import InterchangeError
 from jaxpeft.interchange.layout import Part, Plan, Written
 from jaxpeft.interchange.view import Leaf, View, contiguous
 from jaxpeft.method import Call, Method
+from jaxpeft.models.decoder import Decoder
+from jaxpeft.models.encoder import Encoder, SequenceClassifier
+from jaxpeft.models.encoder_decoder import EncoderDecoder
 
 TENSOR = "prompt_embeddings"
-_TEXT = ("Encoder", "SequenceClassifier", "Decoder", "EncoderDecoder")
+_TEXT = (Encoder, SequenceClassifier, Decoder, EncoderDecoder)
 
 
 def write_prompt(part: Part, view: View) -> Written:
@@ -57,7 +60,7 @@ def read_prompt(config: Mapping[str, Any], view: View, names: frozenset[str]) ->
     """What a PROMPT_TUNING folder must hold, and how it becomes a method and a delta."""
     place, length, width = _word_table(view), _length(config), view.model.config.width
     copies = _copies(config)
-    if copies > 1 and type(view.model).__name__ != "EncoderDecoder":
+    if copies > 1 and not isinstance(view.model, EncoderDecoder):
         raise InterchangeError(f"num_transformer_submodules={copies}, and {type(view.model).__name__} has one")
 
     def build(tensors: Mapping[str, np.ndarray]) -> tuple[Method, dict[str, Any]]:
@@ -160,10 +163,8 @@ def _turned(view: View, keys: np.ndarray, by: int) -> np.ndarray:
 
 def _word_table(view: View) -> str:
     """The module before which a prompt stands."""
-    if type(view.model).__name__ not in _TEXT:
-        raise InterchangeError(
-            f"PEFT has no prompt tuning for {type(view.model).__name__}; known: {', '.join(_TEXT)}. Use save_delta"
-        )
+    if not isinstance(view.model, _TEXT):
+        raise InterchangeError(f"PEFT has no prompt tuning for {type(view.model).__name__}. Use save_delta")
     path = next(p for p in view.values if p.endswith("embeddings/word/embedding"))
     return path.rpartition("/")[0]
 
@@ -180,13 +181,13 @@ def _cores(view: View) -> dict[str, Any]:
 
 
 def _check_prefix(view: View) -> None:
-    name = type(view.model).__name__
-    if name == "EncoderDecoder":
+    if isinstance(view.model, EncoderDecoder):
         raise InterchangeError(
             "PEFT prefixes T5's decoder self-attention alone, under a relative position bias; here each attention has "
             "a prefix without one. No table makes the two equal. Use save_delta"
         )
-    if name not in _TEXT:
+    if not isinstance(view.model, _TEXT):
+        name = type(view.model).__name__
         raise InterchangeError(f"PEFT has no prefix tuning for {name}: it has no cache of past keys. Use save_delta")
 
 

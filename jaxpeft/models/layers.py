@@ -164,11 +164,11 @@ class Norm(nn.Module):
         c = self.config
         shape = (x.shape[-1],)
         wide = wide_dtype(x.dtype)
-        scale = self.param("scale", nn.initializers.ones, shape, c.param_dtype).astype(wide)
+        scale = jnp.asarray(self.param("scale", nn.initializers.ones, shape, c.param_dtype), wide)
         if c.norm == "layer":
-            bias = self.param("bias", nn.initializers.zeros, shape, c.param_dtype).astype(wide)
+            bias = jnp.asarray(self.param("bias", nn.initializers.zeros, shape, c.param_dtype), wide)
             norm = fused.plain_layer_norm if c.plain else fused.layer_norm
-            return norm(x, scale, bias, c.norm_eps).astype(c.dtype)
+            return jnp.asarray(norm(x, scale, bias, c.norm_eps), c.dtype)
         y = x.astype(wide)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + c.norm_eps)
         return (y * scale.reshape((1,) * (x.ndim - 1) + shape)).astype(c.dtype)

@@ -31,6 +31,7 @@ from jaxpeft.train.run import (
     build_method,
     load,
     optimiser_of,
+    parts_of,
     total_steps,
 )
 from jaxpeft.train.step import TrainState, create, make_evaluation, make_step
@@ -92,7 +93,7 @@ def sweep_validation(
 
     def step(one: Settings, state: TrainState, params: Any, batch: Any) -> Any:
         adapted, optimiser = parts(one)
-        return make_step(adapted, loaded.task, optimiser, accumulate=config.accumulate)(state, params, batch)
+        return make_step(adapted, loaded.task, optimiser, accumulate=parts_of(config))(state, params, batch)
 
     def predictions(one: Settings, learned: Any, fixed: Any, params: Any, batch: Any) -> Any:
         adapted, _ = parts(one)
