@@ -67,7 +67,7 @@ def tables(delta: Delta, slots: Slots) -> dict[str, dict[str, Array]]:
     out: dict[str, dict[str, Array]] = {}
     for kind, places in _kinds(slots).items():
         p = delta[kind]
-        z = jnp.tanh(p["embedding"] @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
+        z = jnp.tanh(p["embedding"] @ p["w1"] + p["b1"][None]) @ p["w2"] + p["b2"][None]
         length, heads, width = slots[places[0]]["key"].shape
         layers = jnp.moveaxis(z.reshape(length, -1, 2, heads, width), 0, 2)  # (L, 2, l, heads, d_h)
         start = 0

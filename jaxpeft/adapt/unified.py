@@ -134,7 +134,7 @@ def _norm(site: Site, name: str, z: Float[Array, "*b d"], eps: float = 1e-5) -> 
     gain, shift = site.param(f"{name}_scale", (z.shape[-1],), _ones), site.param(f"{name}_bias", (z.shape[-1],), _zeros)
     wide = z.astype(jnp.float32)
     centred = wide - wide.mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps) * gain + shift).astype(z.dtype)
+    return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps) * _row(gain, z) + _row(shift, z)).astype(z.dtype)
 
 
 def bottleneck(
@@ -146,13 +146,18 @@ def bottleneck(
     z = _norm(site, "norm", z) if design.norm == "in" else z
     h = z @ site.param("down", (d, r), small if design.init == "bert" else _kaiming).astype(dtype)
     if design.biases:
-        h = h + site.param("down_bias", (r,), _zeros).astype(dtype)
+        h = h + _row(site.param("down_bias", (r,), _zeros).astype(dtype), h)
     if design.form == "bottleneck":
         h = ACTIVATIONS[design.activation](h)
     y = site.dropout(h, dropout) @ site.param("up", (r, width), small if design.init == "bert" else _zeros).astype(
         dtype
     )
-    return y + site.param("up_bias", (width,), _zeros).astype(dtype) if design.biases else y
+    return y + _row(site.param("up_bias", (width,), _zeros).astype(dtype), y) if design.biases else y
+
+
+def _row(x: Array, like: Array) -> Array:
+    """A vector along the last axis of `like`, with axes of size one before it: ranks are never promoted in silence."""
+    return x.reshape((1,) * (like.ndim - 1) + x.shape)
 
 
 def prefix_attention(
