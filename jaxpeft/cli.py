@@ -235,7 +235,7 @@ def environment() -> None:
 
     from jaxpeft.data import cache_dir
 
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

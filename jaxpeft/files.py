@@ -56,8 +56,9 @@ def save_delta(folder: Path | str, delta: Delta, method: Method, params: Params,
         trees.path_string(p): [k.key for k in p] for p, _ in jtu.tree_flatten_with_path(delta, is_leaf=_is_fixed)[0]
     }
     fixed = sorted(p for p, x in flat.items() if isinstance(x, trees.Fixed))
-    # The writer stores strided and transposed arrays wrongly (safetensors 0.8.0): everything is made contiguous.
-    arrays = {p: np.ascontiguousarray(x.value if isinstance(x, trees.Fixed) else x) for p, x in flat.items()}
+    # The writer stores strided and transposed arrays wrongly (safetensors 0.8.0): everything is made contiguous
+    # (not by `ascontiguousarray`, which makes vectors of scalars).
+    arrays = {p: np.asarray(x.value if isinstance(x, trees.Fixed) else x, order="C") for p, x in flat.items()}
     config = {
         "format": 1,
         "method": to_plain(method.config),

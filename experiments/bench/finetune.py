@@ -58,11 +58,12 @@ def timed(step, work):
 
 
 def jaxpeft_model(method, accumulate=4):
-    from jaxpeft import train
-    from jaxpeft.train.run import Config, Loaded, build_method
-    from jaxpeft import adapt, data
+    import jax
+    import optax
+
+    from jaxpeft import adapt, data, train
     from jaxpeft.models import load_classifier
-    import jax, optax
+    from jaxpeft.train.run import Config, build_method
 
     folder = data.model_folder("all-MiniLM-L6-v2")
     model, params = load_classifier(folder, CLASSES, pooling="bert", narrow=True, key=jax.random.key(0))
@@ -79,7 +80,8 @@ def child_jaxpeft(steps):
 
     environment()
     work = batches(steps + 2)
-    import jax, numpy as np
+    import jax
+    import numpy as np
 
     from jaxpeft import data, train
 
@@ -103,7 +105,9 @@ def child_jaxpeft(steps):
 def child_peft(steps):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     work = batches(steps + 2)
-    import peft, torch, transformers
+    import peft
+    import torch
+    import transformers
 
     from jaxpeft import data
 
@@ -169,7 +173,10 @@ def child_sweep(steps):
 
     environment()
     work = batches(steps)
-    import jax, jax.numpy as jnp, numpy as np, optax
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
 
     from jaxpeft import data, train
 
@@ -204,7 +211,9 @@ def child_peft_sweep(steps):
     work = batches(steps)
     import copy
 
-    import peft, torch, transformers
+    import peft
+    import torch
+    import transformers
 
     from jaxpeft import data
 

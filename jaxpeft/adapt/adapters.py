@@ -18,13 +18,17 @@ from jaxpeft.method import Method, register
 __all__ = ["houlsby", "parallel", "pfeiffer", "scaled_parallel"]
 
 
-@register(family="adapt", paper="Houlsby et al., ICML 2019", mechanism="hooks", mergeable=False, exact_start=False)
+@register(
+    family="adapt", paper="Houlsby et al., ICML 2019", mechanism="hooks", mergeable=False, exact_start=False, rate=2e-3
+)
 def houlsby(rank: int = 16, *, at: trees.Pattern | None = None, dropout: float = 0.0, name: str = "houlsby") -> Method:
     """Sequential adapters after attention and after the feed-forward network; arguments as in `unified.sublayer`."""
     return sublayer("houlsby", rank=rank, at=at, dropout=dropout, name=name)
 
 
-@register(family="adapt", paper="Pfeiffer et al., EACL 2021", mechanism="hooks", mergeable=False, exact_start=False)
+@register(
+    family="adapt", paper="Pfeiffer et al., EACL 2021", mechanism="hooks", mergeable=False, exact_start=False, rate=2e-3
+)
 def pfeiffer(
     rank: int = 16, *, at: trees.Pattern | None = None, dropout: float = 0.0, name: str = "pfeiffer"
 ) -> Method:
@@ -32,7 +36,9 @@ def pfeiffer(
     return sublayer("pfeiffer", rank=rank, at=at, dropout=dropout, name=name)
 
 
-@register(family="adapt", paper="He et al., ICLR 2022", mechanism="hooks", mergeable=False, exact_start=False)
+@register(
+    family="adapt", paper="He et al., ICLR 2022", mechanism="hooks", mergeable=False, exact_start=False, rate=2e-3
+)
 def parallel(
     rank: int = 16, *, at: trees.Pattern | None = None, dropout: float = 0.0, name: str = "parallel"
 ) -> Method:
@@ -40,7 +46,7 @@ def parallel(
     return sublayer("parallel_adapter", rank=rank, at=at, dropout=dropout, name=name)
 
 
-@register(family="adapt", paper="He et al., ICLR 2022", mechanism="hooks", mergeable=False, exact_start=True)
+@register(family="adapt", paper="He et al., ICLR 2022", mechanism="hooks", mergeable=False, exact_start=True, rate=2e-3)
 def scaled_parallel(
     rank: int = 16,
     scale: Any = 4.0,

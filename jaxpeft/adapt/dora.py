@@ -24,7 +24,9 @@ from jaxpeft.weights.factored import Factored
 __all__ = ["dora"]
 
 
-@register(family="adapt", paper="Liu et al., ICML 2024", mechanism="weights", mergeable=True, exact_start=True)
+@register(
+    family="adapt", paper="Liu et al., ICML 2024", mechanism="weights", mergeable=True, exact_start=True, rate=2e-3
+)
 def dora(
     rank: int = 8,
     alpha: Any = None,

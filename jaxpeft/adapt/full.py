@@ -22,7 +22,7 @@ __all__ = ["bitfit", "full", "head"]
 HEAD = "**/head/**"
 
 
-@register(family="adapt", paper="(baseline)", mechanism="weights", mergeable=True, exact_start=True)
+@register(family="adapt", paper="(baseline)", mechanism="weights", mergeable=True, exact_start=True, rate=2e-4)
 def full(at: trees.Pattern = "**", *, form: Literal["value", "difference"] = "value", name: str = "full") -> Method:
     """Trains every leaf that `at` chooses; all of the model by default.
 
@@ -53,13 +53,15 @@ def full(at: trees.Pattern = "**", *, form: Literal["value", "difference"] = "va
     return on_weights(name, at, start, build, dict(method="full", name=name, at=at, form=form), factored=False)
 
 
-@register(family="adapt", paper="(baseline)", mechanism="weights", mergeable=True, exact_start=True)
+@register(family="adapt", paper="(baseline)", mechanism="weights", mergeable=True, exact_start=True, rate=1e-2)
 def head(at: trees.Pattern = HEAD, *, name: str = "head") -> Method:
     """Trains the task's head on frozen features (a linear probe where the head is linear); see `full`."""
     return full(at, name=name)._replace(config=dict(method="head", name=name, at=at))
 
 
-@register(family="adapt", paper="Ben Zaken et al., ACL 2022", mechanism="weights", mergeable=True, exact_start=True)
+@register(
+    family="adapt", paper="Ben Zaken et al., ACL 2022", mechanism="weights", mergeable=True, exact_start=True, rate=3e-3
+)
 def bitfit(at: trees.Pattern = "**/bias", *, name: str = "bitfit") -> Method:
     """Trains every bias that `at` chooses; see `full`."""
     return full(at, name=name)._replace(config=dict(method="bitfit", name=name, at=at))

@@ -23,7 +23,9 @@ from jaxpeft.weights.factored import Factored
 __all__ = ["ia3"]
 
 
-@register(family="adapt", paper="Liu et al., NeurIPS 2022", mechanism="weights", mergeable=True, exact_start=True)
+@register(
+    family="adapt", paper="Liu et al., NeurIPS 2022", mechanism="weights", mergeable=True, exact_start=True, rate=1e-2
+)
 def ia3(
     at: trees.Pattern = "**/{attention,cross_attention}/{key,value}/kernel",
     feed_forward: trees.Pattern | None = "**/mlp/down/kernel",

@@ -68,9 +68,10 @@ def check_rank(rules: Mapping[str, Any], path: str, w: Array, role: Role) -> int
 def scale_of(rules: Mapping[str, Any], path: str, rank: int) -> Any:
     """alpha / r at `path`, or alpha / sqrt(r) for rsLoRA; alpha is 2 * rank where nothing says otherwise."""
     alpha = 2 * rules["rank"] if rules["alpha"] is None else rules["alpha"]
-    return first_match(rules["alpha_pattern"], path, alpha) / (
-        math.sqrt(rank) if rules["scaling"] == "rslora" else rank
-    )
+    alpha = first_match(rules["alpha_pattern"], path, alpha)
+    # A list comes from a config that was written as JSON: one number per stacked layer.
+    alpha = jnp.asarray(alpha) if isinstance(alpha, list) else alpha
+    return alpha / (math.sqrt(rank) if rules["scaling"] == "rslora" else rank)
 
 
 def check_lora(rank: int, dropout: float, scaling: str, init: str) -> None:
@@ -93,7 +94,9 @@ def first_match(rules: Mapping[str, Any] | None, path: str, otherwise: Any) -> A
     return otherwise
 
 
-@register(family="adapt", paper="Hu et al., ICLR 2022", mechanism="weights", mergeable=True, exact_start=True)
+@register(
+    family="adapt", paper="Hu et al., ICLR 2022", mechanism="weights", mergeable=True, exact_start=True, rate=2e-3
+)
 def lora(
     rank: int = 8,
     alpha: Any = None,

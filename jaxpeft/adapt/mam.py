@@ -17,7 +17,9 @@ from jaxpeft.method import Method, chain, register
 __all__ = ["mam"]
 
 
-@register(family="adapt", paper="He et al., ICLR 2022", mechanism="chain", mergeable=False, exact_start=False)
+@register(
+    family="adapt", paper="He et al., ICLR 2022", mechanism="chain", mergeable=False, exact_start=False, rate=2e-3
+)
 def mam(
     length: int = 16, rank: int = 16, scale: Any = 2.0, *, mlp: int = 800, dropout: float = 0.0, name: str = "mam"
 ) -> Method:

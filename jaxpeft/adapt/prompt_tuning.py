@@ -17,7 +17,9 @@ from jaxpeft.method import Call, Delta, Method, register, site_key
 __all__ = ["prompt_tuning"]
 
 
-@register(family="adapt", paper="Lester et al., EMNLP 2021", mechanism="hooks", mergeable=False, exact_start=False)
+@register(
+    family="adapt", paper="Lester et al., EMNLP 2021", mechanism="hooks", mergeable=False, exact_start=False, rate=3e-2
+)
 def prompt_tuning(
     length: int = 16,
     *,

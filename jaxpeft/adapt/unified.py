@@ -134,7 +134,9 @@ def _norm(site: Site, name: str, z: Float[Array, "*b d"], eps: float = 1e-5) -> 
     gain, shift = site.param(f"{name}_scale", (z.shape[-1],), _ones), site.param(f"{name}_bias", (z.shape[-1],), _zeros)
     wide = z.astype(jnp.float32)
     centred = wide - wide.mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps) * _row(gain, z) + _row(shift, z)).astype(z.dtype)
+    return (
+        centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps) * _row(gain, z) + _row(shift, z)
+    ).astype(z.dtype)
 
 
 def bottleneck(
@@ -301,7 +303,9 @@ def _sibling(at: trees.Pattern, name: str) -> trees.Pattern:
     return one(at) if isinstance(at, str) else [one(p) for p in at]
 
 
-@register(family="adapt", paper="He et al., ICLR 2022", mechanism="hooks", mergeable=False, exact_start=False)
+@register(
+    family="adapt", paper="He et al., ICLR 2022", mechanism="hooks", mergeable=False, exact_start=False, rate=2e-3
+)
 def sublayer(
     design: str | Design | Sequence[Design] = "scaled_parallel_adapter",
     rank: int = 16,

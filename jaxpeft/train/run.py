@@ -83,7 +83,7 @@ class Config:
     dataset: str = "r8"
     method: str = "lora"
     options: tuple[str, ...] = ()
-    epochs: float = 2.0
+    epochs: float = 1.0
     steps: int = 0
     batch_size: int = 16
     rate: float = 0.0
@@ -161,6 +161,7 @@ def build_method(config: Config, **overrides: Any) -> Method:
 
 def load(config: Config) -> Loaded:
     """Reads model and data; everything is cached on disk after the first time."""
+    parse_options(config.method, config.options)  # wrong words are said before anything is read
     dataset = data.load(config.dataset)
     if config.per_class:
         dataset = data.subsample(dataset, per_class=config.per_class, seed=config.seed, short="keep")

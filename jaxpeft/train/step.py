@@ -92,7 +92,12 @@ def create(delta: PyTree, optimiser: optax.GradientTransformation, seed: Any = 0
     learned, fixed = trees.learned(delta)
     # Every leaf an array of its own: a step donates the state's buffers.
     return TrainState(
-        jnp.zeros((), jnp.int32), learned, fixed, optimiser.init(learned), jnp.array(seed, jnp.uint32), jnp.array(-1, jnp.int32)
+        jnp.zeros((), jnp.int32),
+        learned,
+        fixed,
+        optimiser.init(learned),
+        jnp.array(seed, jnp.uint32),
+        jnp.array(-1, jnp.int32),
     )
 
 

@@ -118,7 +118,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint(world, tmp_path, monkeypatch
     checkpoints = Checkpoints(tmp_path)
     state = fit(world.step, world.start(), world.params, world.batches, 2, Fit(checkpoints=checkpoints))
     state = fit(world.step, state, world.params, world.batches, 3)
-    monkeypatch.setattr(checkpoints._manager, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        checkpoints._manager, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(state, {})
     assert int(Checkpoints(tmp_path).restore(world.start()).step) == 2
@@ -126,7 +128,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint(world, tmp_path, monkeypatch
 
 def test_outside_the_main_thread_training_needs_no_signal_handler(world):
     done = []
-    thread = threading.Thread(target=lambda: done.append(fit(world.step, world.start(), world.params, world.batches, 1)))
+    thread = threading.Thread(
+        target=lambda: done.append(fit(world.step, world.start(), world.params, world.batches, 1))
+    )
     thread.start()
     thread.join()
     assert int(done[0].step) == 1

@@ -58,7 +58,10 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         workers = [
             subprocess.Popen(
                 [sys.executable, script, str(port), str(rank), str(count)],
-                env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )
             for rank in range(count)
         ]

@@ -44,9 +44,7 @@ def close(a, b, tolerance=1e-5):
 
 
 def without_dropout(adapted):
-    return jaxpeft.adapt(
-        SequenceClassifier(CONFIG, 3).apply, jaxpeft.chain(jaxpeft.lora(rank=2), jaxpeft.head())
-    )
+    return jaxpeft.adapt(SequenceClassifier(CONFIG, 3).apply, jaxpeft.chain(jaxpeft.lora(rank=2), jaxpeft.head()))
 
 
 def test_a_step_lowers_the_loss_and_leaves_the_base_alone(parts):
@@ -88,7 +86,9 @@ def test_rows_of_weight_zero_do_not_count(parts):
     adapted, optimiser = without_dropout(None), optax.sgd(1.0)
     step = jax.jit(train.make_step(adapted, train.text_classification(), optimiser))
     batch = batch_of()
-    padded = jax.tree.map(lambda x: np.concatenate([x, x[:1]]), batch)._replace(weight=np.array([1.0] * 8 + [0], np.float32))
+    padded = jax.tree.map(lambda x: np.concatenate([x, x[:1]]), batch)._replace(
+        weight=np.array([1.0] * 8 + [0], np.float32)
+    )
     close(
         step(train.create(delta, optimiser), params, batch)[0].learned,
         step(train.create(delta, optimiser), params, padded)[0].learned,
@@ -161,7 +161,9 @@ def test_two_rates_by_label_move_the_parts_at_their_own_speed(parts):
     step = jax.jit(train.make_step(adapted, train.text_classification(), optimiser))
     state, _ = step(train.create(delta, optimiser), params, batch_of())
     chex.assert_trees_all_equal(state.learned["head"], delta["head"])
-    assert any(bool((a != b).any()) for a, b in zip(jax.tree.leaves(state.learned["lora"]), jax.tree.leaves(delta["lora"])))
+    assert any(
+        bool((a != b).any()) for a, b in zip(jax.tree.leaves(state.learned["lora"]), jax.tree.leaves(delta["lora"]))
+    )
 
 
 def test_half_precision_compute_keeps_the_delta_in_float32(parts):

@@ -1,0 +1,128 @@
+"""Makes experiments/README.md and the results in README.md from the files in experiments/results.
+
+python experiments/report.py            writes both
+python experiments/report.py --check    exits with 1 where one is stale
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+
+def results() -> dict[str, dict[str, Any]]:
+    return {p.stem: json.loads(p.read_text()) for p in sorted((HERE / "results").glob("*.json"))}
+
+
+def experiments_page(found: dict[str, dict[str, Any]]) -> str:
+    """One section an experiment: its claim, its verdict, its numbers."""
+    lines = [
+        "# Experiments",
+        "",
+        "Made by `python experiments/report.py` from `results/*.json`; a test fails when it is stale. Each script states its",
+        "claim before it runs, tunes on validation data only, and looks at the test split once.",
+        "",
+    ]
+    if not found:
+        lines.append("No results are committed yet.")
+    for slug, r in found.items():
+        lines += [f"## {slug}", ""]
+        if "claims" in r:
+            lines += ["| claim | verdict | evidence |", "|---|---|---|"]
+            lines += [f"| {c['claim']} | {c['verdict']} | {c.get('evidence', '')} |" for c in r["claims"]]
+            lines.append("")
+        if "rows" in r:
+            columns = list(r["rows"][0])
+            lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+            lines += ["| " + " | ".join(_text(row.get(c)) for c in columns) + " |" for row in r["rows"]]
+            lines.append("")
+        if slug.startswith("bench_"):
+            lines += bench_lines(r) + [""]
+        if (HERE / "results" / f"{slug}.png").exists():
+            lines += [f"![{slug}](results/{slug}.png)", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def bench_lines(r: dict[str, Any]) -> list[str]:
+    """The ratios of a benchmark: median and all runs."""
+    lines = ["| ratio | median | runs | goal |", "|---|---|---|---|"]
+    for key, value in r.items():
+        if isinstance(value, dict) and "median" in value:
+            runs = value["runs"] if len(value["runs"]) <= 8 else [min(value["runs"]), max(value["runs"])]
+            text = ", ".join(f"{x:.2f}" for x in runs)
+            if len(value["runs"]) > 8:
+                text = f"{len(value['runs'])} pairs, {runs[0]:.2f} to {runs[1]:.2f}"
+            lines.append(f"| {key} | {value['median']:.2f} | {text} | {value.get('goal', '')} |")
+    return lines
+
+
+def methods_block() -> str:
+    """The README's table of methods: what the registry knows, and what `compare` measured."""
+    from jaxpeft.method import METHODS
+
+    path = HERE / "adapt" / "r8" / "results.json"
+    measured = {r["method"]: r for r in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    lines = [
+        "| method | paper | mechanism | merges | R8, low data: test accuracy | trained |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, e in sorted(METHODS.items()):
+        r = measured.get(name)
+        score = f"{100 * r['mean']:.1f} ± {100 * r['std']:.1f} %" if r else "not measured yet"
+        trained = f"{r['trained_parameters']:,}" if r else ""
+        lines.append(
+            f"| `{name}` | {e.paper} | {e.mechanism} | {'yes' if e.mergeable else 'no'} | {score} | {trained} |"
+        )
+    return "\n".join(lines)
+
+
+def costs_block(found: dict[str, dict[str, Any]]) -> str:
+    """The README's figures of cost: what the benchmark found."""
+    r = found.get("bench_finetune")
+    return (
+        "\n".join(bench_lines(r))
+        if r
+        else "The benchmark's committed run is still to come: `experiments/bench/finetune.py`."
+    )
+
+
+def with_block(text: str, name: str, block: str) -> str:
+    """`text` with what stands between `<!-- name -->` and `<!-- /name -->` exchanged."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    head, rest = text.split(start)
+    _, tail = rest.split(end)
+    return f"{head}{start}\n{block}\n{end}{tail}"
+
+
+def _text(x: Any) -> str:
+    if isinstance(x, float):
+        return f"{x:.4g}"
+    if isinstance(x, list):
+        return ", ".join(map(_text, x))
+    return "" if x is None else str(x)
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page and what it should say."""
+    found = results()
+    readme = ROOT / "README.md"
+    text = with_block(readme.read_text(), "methods", methods_block())
+    return {HERE / "README.md": experiments_page(found), readme: with_block(text, "costs", costs_block(found))}
+
+
+def main() -> int:
+    stale = [path for path, text in pages().items() if not path.exists() or path.read_text() != text]
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"{path} is stale: run python experiments/report.py")
+        return bool(stale)
+    for path, text in pages().items():
+        path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""The command, from the outside, on the real model and data at the smallest size."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jaxpeft import cli
+from jaxpeft.train.compare import parse, summarise
+from jaxpeft.train.run import Config, ConfigError, config_from, parse_options
+
+SMALL = ["--per-class", "2", "--steps", "3", "--batch-size", "8", "--max-length", "16", "--accumulate", "1"]
+
+
+def run(*arguments):
+    return cli.main(list(map(str, arguments)))
+
+
+def test_options_are_json_values_or_strings_and_unknown_ones_are_listed():
+    assert parse_options("lora", ("rank=4", "at=**/kernel", "alpha=2.5")) == {
+        "rank": 4,
+        "at": "**/kernel",
+        "alpha": 2.5,
+    }
+    with pytest.raises(ConfigError, match=r"option 'rnk=4' for lora.*rank=8"):
+        parse_options("lora", ("rnk=4",))
+
+
+def test_a_comparison_names_options_and_rates_in_one_word():
+    assert parse("lora:rank=4,rate=2e-3") == ("lora", ("rank=4",), 2e-3)
+    with pytest.raises(ValueError, match="unknown method 'lroa'; did you mean 'lora'"):
+        parse("lroa")
+
+
+def test_a_config_survives_json_and_refuses_foreign_fields():
+    config = Config(options=("rank=4",), seed=3)
+    assert config_from(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    with pytest.raises(ConfigError, match="no field 'colour'"):
+        config_from({"colour": 1})
+
+
+def test_spreads_are_over_seeds():
+    same = {"trained_parameters": 1, "trained_percent": 1.0, "step_temporary_bytes": 1, "train_seconds": 1.0}
+    rows = [{"method": "m", "test_accuracy": a, "test_macro_f1": a, **same} for a in (0.8, 0.9)]
+    (row,) = summarise(rows, ["m"])
+    assert row["mean"] == pytest.approx(0.85)
+    assert row["std"] == pytest.approx(np.std([0.8, 0.9], ddof=1))
+
+
+@pytest.mark.network
+def test_an_unknown_method_and_data_set_are_said_in_one_line(capsys):
+    assert run("finetune", "--method", "lroa", "--quiet") == 1
+    assert "unknown method 'lroa'; did you mean 'lora'" in capsys.readouterr().err
+    assert run("finetune", "--dataset", "r88", "--quiet") == 1
+    assert "r8" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_finetune_evaluate_predict_merge_and_resume(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert run("finetune", "--out", folder, "--quiet", *SMALL) == 0
+    result = json.loads((folder / "result.json").read_text())
+    assert 0 <= result["test_accuracy"] <= 1
+    assert result["trained_parameters"] > 0
+    held = {p.name for p in folder.iterdir()}
+    assert {"config.json", "metrics.jsonl", "result.json", "curve.png", "delta", "checkpoints"} <= held
+    capsys.readouterr()
+    assert run("evaluate", folder) == 0
+    assert f"accuracy {result['test_accuracy']:.4f}" in capsys.readouterr().out
+    assert run("predict", folder, "oil prices rose as opec cut output") == 0
+    label, probability, _ = capsys.readouterr().out.split("\t")
+    assert label in {"acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"}
+    assert 0 < float(probability) <= 1
+    assert run("predict", folder, " ") == 1
+    assert "text 0 is empty" in capsys.readouterr().err
+    assert run("merge", folder, tmp_path / "merged") == 0
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    # A finished run resumed has nothing left to do and says the same.
+    assert run("finetune", "--resume", folder, "--quiet") == 0
+    again = json.loads((folder / "result.json").read_text())
+    assert again["test_accuracy"] == result["test_accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_sweep_trains_each_setting_as_it_would_alone(tmp_path):
+    out = tmp_path / "sweep.json"
+    assert run("sweep", "--rates", "1e-3", "1e-2", "--alphas", "4", "--out", out, *SMALL) == 0
+    rows = json.loads(out.read_text())
+    alone = tmp_path / "alone.json"
+    assert run("sweep", "--rates", "1e-2", "--alphas", "4", "--out", alone, *SMALL) == 0
+    assert rows[1]["loss"] == pytest.approx(json.loads(alone.read_text())[0]["loss"], rel=1e-4)
