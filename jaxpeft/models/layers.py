@@ -59,7 +59,8 @@ class BlockConfig:
     `dropout` acts on hidden states. `scan` keeps the layers stacked on a leading axis and compiles one of them,
     `remat` recomputes them in the backward pass; both change no number.
     `plain` takes formulations without backward passes of their own (see `fused`), which forward mode needs. `dtype` is
-    for computing, `param_dtype` for keeping. `extra` is the JSON of the configuration it was read from, so that what we do not use is written back.
+    for computing, `param_dtype` for keeping. `extra` is the JSON of the configuration it was read from, so that what we
+    do not use is written back.
     """
 
     width: int

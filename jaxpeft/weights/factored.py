@@ -268,7 +268,7 @@ class Factored(ArrayLike):
 
     def conv(self, x: Array, params: dict[str, Any]) -> Any:
         """A term's factor with the window goes first; what is left maps channels, group by group."""
-        numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+        numbers = params["dimension_numbers"]
         out_axis, in_axis, *window = numbers.rhs_spec
         if params["batch_group_count"] != 1 or any(len(self.axes[i]) > 1 for i in (out_axis, in_axis, *window)):
             return NotImplemented
@@ -330,9 +330,9 @@ def _conv_term(term: Term, x: Array, params: dict[str, Any], o: str, i: str, k: 
         return NotImplemented
     r = rest[0]
     # The kernel in the order of the equation; with groups each of them needs its own copy of a shared factor.
-    place = {out_axis: r, in_axis: i} | {d: c for d, c in zip(window, k)} if len(k) == len(window) else None
-    if place is None or (not i):
+    if len(k) != len(window) or not i:
         return NotImplemented
+    place = {out_axis: r, in_axis: i, **dict(zip(window, k))}
     kernel = jnp.transpose(head[0].value, [head[0].axes.index(place[d]) for d in range(len(place))]).astype(x.dtype)
     shared = r != o and groups > 1
     if shared:
