@@ -1,0 +1,66 @@
+"""How much each weight matters, as a tree of the shapes of `params`: what pruning and sparse tuning rank by.
+
+    I = |W|                                          magnitude
+    I = Σ_n (∂ loss(params, sample_n) / ∂W)²         squared gradients of single samples: the diagonal Fisher where
+                                                     the loss is a negative log-likelihood with the true labels
+
+Letters: n samples, c samples whose gradients are held at once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from jaxpeft import trees
+
+__all__ = ["magnitude", "squared_gradients"]
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def magnitude(params: PyTree) -> PyTree:
+    """|W| of every leaf, in float32 or wider."""
+    return jax.tree.map(lambda w: jnp.abs(_wide(jnp.asarray(w))), params)
+
+
+def squared_gradients(
+    loss_fn: Callable[[PyTree, Any], Array], params: PyTree, samples: PyTree, *, chunk: int = 1
+) -> PyTree:
+    """The sum over samples of each one's squared gradient: not the square of a batch's gradient.
+
+    Args:
+      loss_fn: `(params, sample) -> scalar` of one sample, a leaf of `samples` without its first axis.
+      params: leaves that are not floating-point have no gradient and get zeros.
+      samples: leaves of shape (n, ...).
+      chunk: c, which divides n. More of them are faster and hold c gradients in memory.
+
+    Returns:
+      A tree of the structure of `params`, in float32 or wider. Divide by n for the mean.
+
+    Raises:
+      ValueError: no samples, or a chunk that does not divide their number.
+    """
+    n = jax.tree.leaves(samples)[0].shape[0] if jax.tree.leaves(samples) else 0
+    if n < 1 or chunk < 1 or n % chunk:
+        raise ValueError(
+            f"{n} samples in chunks of {chunk}: there must be some, and the chunk must divide their number"
+        )
+    moving, fixed = trees.partition(params, lambda _, w: jnp.issubdtype(jnp.result_type(w), jnp.inexact))
+
+    def gradient(sample: Any) -> PyTree:
+        return jax.grad(lambda m: loss_fn(trees.combine(m, fixed), sample))(moving)
+
+    def add(total: PyTree, part: Any) -> tuple[PyTree, None]:
+        grads = jax.vmap(gradient)(part)
+        return jax.tree.map(lambda t, g: t + jnp.square(_wide(g)).sum(0), total, grads), None
+
+    parts = jax.tree.map(lambda x: x.reshape(n // chunk, chunk, *x.shape[1:]), samples)
+    zero = jax.tree.map(lambda w: jnp.zeros_like(_wide(w)), moving)
+    total, _ = lax.scan(add, zero, parts)
+    return trees.combine(total, jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), jnp.float32), fixed))

@@ -1,0 +1,141 @@
+"""What a side network has to know about the model that it reads, found in the call itself.
+
+A side network is made of the model's own kind of blocks, so it needs their configuration, the names of the hidden states
+and the masks that the blocks get. `structure` finds them by watching which Linen module is called, through whatever
+functions and methods are wrapped around it; `marked` makes the call's masks readable like hidden states.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+
+from jaxpeft.hooks import _REPEATING
+from jaxpeft.method import ApplyFn, Params
+from jaxpeft.models.layers import BlockConfig
+
+__all__ = ["ARGUMENTS", "Structure", "argument", "marked", "structure", "unwatched"]
+
+
+class Structure(NamedTuple):
+    """What the side network has to know about the model's call.
+
+    Attributes:
+      config: of its blocks.
+      tap: what the names of its hidden states begin with.
+      path: of the module that was called.
+      given: its arguments that are marked for the side network to read: masks and positions.
+    """
+
+    config: BlockConfig
+    tap: str
+    path: tuple[str, ...]
+    given: tuple[str, ...]
+
+
+class _Reached(Exception):
+    """Ends a trace where all that was asked for is known."""
+
+
+ARGUMENTS = ("attention_mask", "decoder_attention_mask", "positions")
+# A jitted model must not answer from the cache of its other calls: what a trace meets depends on who watches it.
+_WATCHED = jax.make_user_context()
+_NUMBER = itertools.count()
+
+
+def argument(name: str) -> str:
+    """The mark of an argument."""
+    return f"argument {name}"
+
+
+@contextlib.contextmanager
+def _watching(intercept: Callable[..., Any], by: Any) -> Iterator[None]:
+    with nn.intercept_methods(intercept), _WATCHED(by):
+        yield
+
+
+def _bound(module: nn.Module, args: Any, kwargs: Any) -> inspect.BoundArguments:
+    return inspect.signature(type(module).__call__).bind(module, *args, **kwargs)
+
+
+def structure(apply_fn: ApplyFn, params: Params, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Structure | None:
+    """The outermost module with a `BlockConfig` that `apply_fn` calls, whatever methods are wrapped around it; None
+    where no Linen module has one. The model is traced up to there, on shapes."""
+
+    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        config = getattr(context.module, "config", None)
+        if context.method_name != "__call__" or config is None or _REPEATING.get():
+            return next_fun(*args, **kwargs)
+        if not isinstance(config, BlockConfig):
+            fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+            towers = [f.name for f in fields if isinstance(getattr(config, f.name), BlockConfig)]
+            if len(towers) > 1:
+                raise ValueError(
+                    f"a side network reads one tower, the model has {' and '.join(towers)}: adapt one of them"
+                )
+            return next_fun(*args, **kwargs)
+        given = _bound(context.module, args, kwargs).arguments
+        raise _Reached(
+            Structure(
+                config,
+                getattr(context.module, "tap", ""),
+                context.module.path,
+                tuple(n for n in ARGUMENTS if given.get(n) is not None),
+            )
+        )
+
+    leaves, tree = jtu.tree_flatten((params, inputs, kwargs))
+    at = [i for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")]
+
+    def run(arrays: Sequence[Array]) -> None:
+        full = list(leaves)
+        for i, x in zip(at, arrays):
+            full[i] = x
+        p, a, k = jtu.tree_unflatten(tree, full)
+        apply_fn(p, *a, **k)
+
+    try:
+        with _watching(intercept, next(_NUMBER)):
+            jax.eval_shape(run, [leaves[i] for i in at])
+    except _Reached as reached:
+        return reached.args[0]
+    return None
+
+
+def marked(apply_fn: ApplyFn, seen: Structure) -> ApplyFn:
+    """`apply_fn` with the arguments that the side network needs marked as hidden states are."""
+
+    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        other = module.path != seen.path or not hasattr(module, "config")
+        if context.method_name != "__call__" or other or _REPEATING.get():
+            return next_fun(*args, **kwargs)
+        bound = _bound(module, args, kwargs)
+        for name in seen.given:
+            bound.arguments[name] = checkpoint_name(jnp.asarray(bound.arguments[name]), argument(name))
+        return next_fun(*bound.args[1:], **bound.kwargs)
+
+    def run(params: Params, *inputs: Any, **kwargs: Any) -> Any:
+        with _watching(intercept, (seen.path, seen.given)):
+            return apply_fn(params, *inputs, **kwargs)
+
+    return run
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """For the side network's own modules: nobody's to hook, watch or mark."""
+    token = _REPEATING.set(True)
+    try:
+        yield
+    finally:
+        _REPEATING.reset(token)
