@@ -20,7 +20,20 @@ from jaxpeft.train.compare import compare
 from jaxpeft.train.run import Config, finetune, load, write_json
 
 HERE = Path(__file__).parent
-METHODS = "head bitfit lora dora ia3 pfeiffer parallel prefix_tuning prompt_tuning mam lst full".split()
+METHODS = [
+    "head",
+    "bitfit",
+    "lora",
+    "dora",
+    "ia3",
+    "pfeiffer",
+    "parallel",
+    "prefix_tuning",
+    "prompt_tuning",
+    "mam",
+    "lst",
+    "full",
+]
 LOW = Config(per_class=20, steps=80, batch_size=16, max_length=128, schedule="linear", warmup=0.1)
 FULL = Config(epochs=1.0, batch_size=16, max_length=128)
 GRID = (0.3, 1.0, 3.0)
