@@ -32,8 +32,8 @@ METHODS = [
     "prompt_tuning",
     "mam",
     "lst",
-    "full",
 ]
+METHODS += ["full"]
 LOW = Config(per_class=20, steps=80, batch_size=16, max_length=128, schedule="linear", warmup=0.1)
 FULL = Config(epochs=1.0, batch_size=16, max_length=128)
 GRID = (0.3, 1.0, 3.0)

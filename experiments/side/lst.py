@@ -3,11 +3,12 @@
     python experiments/side/lst.py            all of it: under 25 minutes on two quiet cores
     python experiments/side/lst.py --smoke    each part once in small, a minute; writes nothing unless --out is given
 
-A pre-norm ViT of 8 blocks, width 128, is trained once on Fashion-MNIST (kept in the cache) and adapted to scikit-learn's
-digits, brought to 28 x 28: another task, other pictures, 1,293 training examples. All methods train the same new head;
-LST (r = 8), LoRA and adapters have about equally many parameters besides (without ladders LST has fewer). For each method one learning rate out of one
-grid, by the validation accuracy of two seeds; then five seeds, of which the test split is looked at once, at the end.
-Temporaries and operations are the compiler's figures for one gradient at batch 64, not times.
+A pre-norm ViT of 8 blocks, width 128, is trained once on Fashion-MNIST (kept in the cache) and adapted to
+scikit-learn's digits, brought to 28 x 28: another task, other pictures, 1,293 training examples. All methods train the
+same new head; LST (r = 8), LoRA and adapters have about as many parameters besides (LST without ladders fewer). For
+each method one learning rate out of one grid, by the validation accuracy of two seeds; then five seeds, of which the
+test split is looked at once, at the end. Temporaries and operations are the compiler's figures for one gradient at
+batch 64, not times.
 
 Stated before running, each to be reported as holding or not:
   1. The temporaries of LST's gradient are at most half of LoRA's and at most half of the adapters'.
@@ -213,7 +214,7 @@ def cost(adapted, params, setup: Setup) -> dict[str, float]:
 
 
 def measured(name, method, setup, model, params, parts):
-    """One row: cost, the chosen rate, five seeds."""
+    """One row (cost, the chosen rate, five seeds), and how it came about."""
     began = time.perf_counter()
     adapted = adapt(model.apply, method)
     run = fitted(adapted, params, parts["train"], setup, steps=setup.steps, batch=setup.batch, programs=[])
@@ -239,21 +240,23 @@ def measured(name, method, setup, model, params, parts):
         "method": name,
         "trained": trained,
         "rate": rate,
-        "rate_at_the_grids_edge": rate in (setup.rates[0], setup.rates[-1]),
-        "validation": [v for v, _ in finished],
         "test": test,
         "test_mean": statistics.mean(test),
         "test_std": statistics.stdev(test),
-        "validation_by_rate": {str(k): v for k, v in tried.items()},
         **cost(adapted, params, setup),
+    }
+    details = {
+        "validation": [v for v, _ in finished],
+        "validation_by_rate": {str(k): v for k, v in tried.items()},
+        "rate_at_the_grids_edge": rate in (setup.rates[0], setup.rates[-1]),
         "seconds": time.perf_counter() - began,
     }
     print(
-        f"{name:18} {trained:>9,} trained  rate {rate:g}  test {100 * row['test_mean']:.1f} ± {100 * row['test_std']:.1f} %"
-        f"  {row['temporaries_mib']:.1f} MiB  {row['gflop']:.2f} GFLOP  {row['seconds']:.0f} s",
+        f"{name:18} {trained:>9,} trained  rate {rate:g}  test {100 * row['test_mean']:.1f}"
+        f" ± {100 * row['test_std']:.1f} %  {row['temporaries_mib']:.1f} MiB  {row['gflop']:.2f} GFLOP  {details['seconds']:.0f} s",
         flush=True,
     )
-    return row
+    return row, details
 
 
 def difference(a, b):
@@ -332,7 +335,8 @@ def main() -> None:
     fresh = jax.jit(model.init)(jax.random.key(1), np.zeros((1, 28, 28, 1), np.float32))
     params = {"params": {**base["params"], "head": fresh["params"]["head"]}}
     parts = splits("digits", setup)
-    rows = [measured(name, m, setup, model, params, parts) for name, m in methods(setup).items()]
+    done = {name: measured(name, m, setup, model, params, parts) for name, m in methods(setup).items()}
+    rows = [row for row, _ in done.values()]
     claims = verdicts(rows)
     for c in claims:
         print(f"{c['verdict']:>14}: {c['claim']} ({c['evidence']})")
@@ -348,6 +352,7 @@ def main() -> None:
         "source_validation_accuracy": source_accuracy,
         "claims": claims,
         "rows": rows,
+        "details": {name: details for name, (_, details) in done.items()},
         "seconds": time.perf_counter() - began,
     }
     if out is not None:

@@ -18,10 +18,10 @@ behind a stop-gradient. Pooling and head are the model's: train the head along, 
 Side blocks start as the backbone's, cut to 1/r of their widths (`pruning`), D, U and gates afresh.
 
 Reference code: ylsung/Ladder-Side-Tuning @1798e82 (modeling_side_t5.py, pruning_methods.py: `pruning_v2`, fisher.py).
-Departures: gates of dropped layers do not exist. D and U start as linear layers do by default in the reference's library,
-U(-1/sqrt(n), 1/sqrt(n)) for n inputs, biases too; its T5 class draws N(0, 0.01²) with zero biases instead (`std=0.01`).
-The side network is a loop over its few thin layers even where the backbone is scanned: stacking what it reads would
-copy it.
+Departures: gates of dropped layers do not exist. D and U start as linear layers do by default in the reference's
+library, U(-1/sqrt(n), 1/sqrt(n)) for n inputs, biases too; its T5 class draws N(0, 0.01²) with zero biases instead
+(`std=0.01`). The side network is a loop over its few thin layers even where the backbone is scanned: stacking what it
+reads would copy it.
 
 Letters: b batch, t positions, d width, r reduction, n inputs of a product, m its outputs, L layers.
 """
@@ -73,8 +73,8 @@ class Tower(NamedTuple):
 def narrowed(config: BlockConfig, reduction: int | None, dropout: float | None = None) -> tuple[BlockConfig, int]:
     """The side blocks' config, and r.
 
-    `reduction` None is the paper's 8 or, in a small model, the largest divisor of its widths below it that leaves a norm
-    four features (over two it knows no more than which is larger).
+    `reduction` None is the paper's 8 or, in a small model, the largest divisor of its widths below it that leaves a
+    norm four features (over two it knows no more than which is larger).
 
     Raises:
       ValueError: r does not divide the width, the width of a head or that of the feed-forward block.
@@ -171,7 +171,7 @@ def climb(
         if ladders:
             if hidden[i].shape != e.shape:
                 raise ValueError(
-                    f"layer {i} gives {hidden[i].shape} where the embedding gave {e.shape}: a reader needs every position "
+                    f"layer {i} gives {hidden[i].shape} where the embedding gave {e.shape}: a reader needs all positions "
                     "(config narrow=False)"
                 )
             mu = jax.nn.sigmoid(layer["gate"] / temperature).astype(s.dtype)
@@ -332,8 +332,8 @@ def lst(
 ) -> Method:
     """Ladder side-tuning; see the module for the equations. Train the head along: `chain(lst(), head())`.
 
-    Works on every model of `jaxpeft.models`, in each of its layouts, through whatever other methods wrap it; on CLIP, one
-    tower at a time. The backbone runs as the call says: its own dropout is off unless the caller turns it on.
+    Works on every model of `jaxpeft.models`, in each of its layouts, through whatever other methods wrap it; on CLIP,
+    one tower at a time. The backbone runs as the call says: its own dropout is off unless the caller turns it on.
 
     Args:
       reduction: r, which divides the model's width, head width and feed-forward width. None: 8 as in the paper, or in a
@@ -352,8 +352,8 @@ def lst(
       name: the key of its delta in a chain.
 
     Returns:
-      A method whose delta is {"side": {"down", "layers_i": {"gate", "down", "block"}, "norm"}, "up"}, with "encoder" and
-      "decoder" and their "relative_bias" in place of "side" for encoder-decoders. It does not merge.
+      A method whose delta is {"side": {"down", "layers_i": {"gate", "down", "block"}, "norm"}, "up"}, with
+      "encoder" and "decoder" and their "relative_bias" in place of "side" for encoder-decoders. It does not merge.
 
     Raises:
       ValueError: an option out of range; at `init`, a reduction that does not divide the model's widths, a layer that

@@ -1,7 +1,7 @@
 """What a side network has to know about the model that it reads, found in the call itself.
 
-A side network is made of the model's own kind of blocks, so it needs their configuration, the names of the hidden states
-and the masks that the blocks get. `structure` finds them by watching which Linen module is called, through whatever
+A side network is made of the model's own kind of blocks, so it needs their configuration, the names of the hidden
+states and the masks that the blocks get. `structure` finds them by watching which Linen module is called, through whatever
 functions and methods are wrapped around it; `marked` makes the call's masks readable like hidden states.
 """
 

@@ -1,4 +1,4 @@
-"""LST: the card's equations by hand, pruning against a port in numpy, a backward pass that stays out of the backbone."""
+"""LST: the equations by hand, pruning against a port in numpy, a backward pass that stays out of the backbone."""
 
 import dataclasses
 import functools
