@@ -11,6 +11,8 @@ from jaxpeft.adapt.adapters import houlsby, parallel, pfeiffer, scaled_parallel
 from jaxpeft.adapt.dora import dora
 from jaxpeft.adapt.full import bitfit, full, head
 from jaxpeft.adapt.ia3 import ia3
+from jaxpeft.adapt.importance import squared_gradients
+from jaxpeft.adapt.ladder import lst
 from jaxpeft.adapt.lora import lora
 from jaxpeft.adapt.mam import mam
 from jaxpeft.adapt.prefix_tuning import prefix_tuning
@@ -53,6 +55,7 @@ __all__ = [
     "learned",
     "lift",
     "lora",
+    "lst",
     "mam",
     "mix",
     "named",
@@ -66,6 +69,7 @@ __all__ = [
     "read",
     "register",
     "scaled_parallel",
+    "squared_gradients",
     "stack",
     "sublayer",
     "trees",

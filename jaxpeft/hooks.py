@@ -152,7 +152,22 @@ def _around(hooks: Sequence[Around], site: Site, module: Callable[..., Any]) -> 
     return whole
 
 
-_REPEATING: contextvars.ContextVar[bool] = contextvars.ContextVar("repeating", default=False)
+_UNHOOKED: contextvars.ContextVar[bool] = contextvars.ContextVar("unhooked", default=False)
+
+
+@contextlib.contextmanager
+def unhooked() -> Iterator[None]:
+    """No hook sees the modules that run inside: a hook's repeated call, a side network's own."""
+    token = _UNHOOKED.set(True)
+    try:
+        yield
+    finally:
+        _UNHOOKED.reset(token)
+
+
+def is_unhooked() -> bool:
+    """Whether the code runs inside `unhooked`."""
+    return _UNHOOKED.get()
 
 
 def _repeatable(module: nn.Module, first: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,11 +183,8 @@ def _repeatable(module: nn.Module, first: Callable[..., Any]) -> Callable[..., A
         if not used:
             used = True
             return first(*args, **kwargs)
-        token = _REPEATING.set(True)
-        try:
+        with unhooked():
             return module.clone(parent=None, name=None).apply(module.variables, *args, **kwargs)
-        finally:
-            _REPEATING.reset(token)
 
     return call
 
@@ -218,7 +230,7 @@ def discover(hooks: Sequence[Hook], call: Call) -> Slots:
 
         def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
             module = context.module
-            if context.method_name != "__call__" or _REPEATING.get():
+            if context.method_name != "__call__" or is_unhooked():
                 return next_fun(*args, **kwargs)
             path = "/".join(module.path)
             own = trees.by_path(module.variables.get("params", {}))
@@ -324,7 +336,7 @@ def hooked(hooks: Sequence[Hook], apply_fn: ApplyFn, values: Mapping[str, Mappin
 
         def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
             module = context.module
-            if context.method_name != "__call__" or _REPEATING.get():
+            if context.method_name != "__call__" or is_unhooked():
                 return next_fun(*args, **kwargs)
             path = "/".join(module.path)
             if not (around := _hooks_at(hooks, path)):

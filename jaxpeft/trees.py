@@ -308,6 +308,11 @@ def nbytes(tree: PyTree) -> int:
     return sum(int(np.prod(x.shape)) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """float32, or `dtype` where that is wider; jnp.promote_types would refuse under strict promotion."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+
+
 def fingerprint(params: PyTree) -> str:
     """Sixteen hex digits that name a base by its paths and shapes (not its values or dtypes).
 

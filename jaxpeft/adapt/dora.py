@@ -56,7 +56,7 @@ def dora(
     def start(key: Key[Array, ""], path: str, w: Array, role: Role) -> dict[str, Array]:
         r = check_rank(rules, path, w, role)
         inner = tuple(range(role.stack, sum(role)))
-        length = jnp.sqrt(jnp.sum(jnp.square(w.astype(jnp.promote_types(w.dtype, jnp.float32))), axis=inner))
+        length = jnp.sqrt(jnp.sum(jnp.square(w.astype(trees.wide_dtype(w.dtype))), axis=inner))
         return {**factors(key, w, role, r, init), "magnitude": length}
 
     def build(path: str, w: Array, d: dict[str, Array], key: Key[Array, ""] | None) -> Factored:

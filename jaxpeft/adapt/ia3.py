@@ -52,7 +52,7 @@ def ia3(
     def start(key: Key[Array, ""], path: str, w: Array, role: Role) -> dict[str, Array]:
         stack, inner, outer = w.shape[: role.stack], w.shape[role.stack : sum(role)], w.shape[sum(role) :]
         inside = bool(inner_patterns) and trees.is_match(inner_patterns, path)
-        ones = jnp.ones((*stack, *(inner if inside else outer)), jnp.promote_types(w.dtype, jnp.float32))
+        ones = jnp.ones((*stack, *(inner if inside else outer)), trees.wide_dtype(w.dtype))
         # The number of stacked axes cannot be told from one vector: the name of the leaf says it.
         return {f"{'in' if inside else 'out'}{role.stack or ''}": ones}
 

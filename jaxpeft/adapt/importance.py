@@ -21,7 +21,7 @@ __all__ = ["magnitude", "squared_gradients"]
 
 
 def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(trees.wide_dtype(x.dtype))
 
 
 def magnitude(params: PyTree) -> PyTree:

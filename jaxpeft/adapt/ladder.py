@@ -39,15 +39,17 @@ from jaxtyping import Array, Float, Key, PyTree
 from jaxpeft import trees
 from jaxpeft.adapt.importance import magnitude
 from jaxpeft.adapt.pruning import backbone_of, structural_prune
-from jaxpeft.adapt.structure import ARGUMENTS, Structure, argument, marked, structure, unwatched
+from jaxpeft.adapt.structure import ARGUMENTS, Structure, argument, marked, structure
+from jaxpeft.hooks import unhooked
 from jaxpeft.method import ApplyFn, Call, Delta, Method, Mode, Params, register, site_key
 from jaxpeft.models.clip import ClipTextConfig
 from jaxpeft.models.decoder import DecoderConfig, Rope, rotary_angles
 from jaxpeft.models.encoder import EncoderConfig
 from jaxpeft.models.encoder_decoder import CrossBlock, EncoderDecoderConfig, relative_buckets
-from jaxpeft.models.layers import Block, BlockConfig, Norm, attention_bias, extend_left, wide_dtype
+from jaxpeft.models.layers import Block, BlockConfig, Norm, attention_bias, extend_left
 from jaxpeft.models.vit import VisionConfig
 from jaxpeft.readers import Taps, read
+from jaxpeft.trees import wide_dtype
 
 __all__ = ["lst"]
 
@@ -171,8 +173,8 @@ def climb(
         if ladders:
             if hidden[i].shape != e.shape:
                 raise ValueError(
-                    f"layer {i} gives {hidden[i].shape} where the embedding gave {e.shape}: a reader needs all positions "
-                    "(config narrow=False)"
+                    f"layer {i} gives {hidden[i].shape} where the embedding gave {e.shape}: a reader needs all "
+                    "positions (config narrow=False)"
                 )
             mu = jax.nn.sigmoid(layer["gate"] / temperature).astype(s.dtype)
             s = mu * s + (1 - mu) * _linear(layer["down"], hidden[i])
@@ -403,7 +405,7 @@ def lst(
                 _same_structure(importance, call.params)
                 ranks = backbone_of(importance)
             pruned = structural_prune(backbone, ranks, r, pre_norm=found.config.pre_norm)
-        with unwatched():
+        with unhooked():
             return _start(key, found.config, side, towers, std, ladders, pruned)
 
     def wrap(apply_fn: ApplyFn, delta: Delta, mode: Mode) -> ApplyFn:
@@ -416,7 +418,7 @@ def lst(
 
             def answer(taps: Taps) -> Array:
                 taps = {**{argument(n): [x] for n, x in outside.items()}, **taps}
-                with unwatched():
+                with unhooked():
                     return _side_answer(delta, found.config, side, towers, temperature, ladders, own, taps)
 
             names = [argument(n) for n in found.given]

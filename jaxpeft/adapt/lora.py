@@ -39,7 +39,7 @@ def factors(
 ) -> dict[str, Float[Array, "..."]]:
     """The two factors at the start: `a` random, (*stack, *inner, r); `b` zero, (*stack, r, *outer)."""
     stack, inner, outer = w.shape[: role.stack], w.shape[role.stack : sum(role)], w.shape[sum(role) :]
-    dtype = dtype or jnp.promote_types(w.dtype, jnp.float32)
+    dtype = dtype or trees.wide_dtype(w.dtype)
 
     def one(key: Key[Array, ""]) -> Array:
         if init == "gaussian":

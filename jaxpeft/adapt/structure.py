@@ -1,8 +1,8 @@
 """What a side network has to know about the model that it reads, found in the call itself.
 
 A side network is made of the model's own kind of blocks, so it needs their configuration, the names of the hidden
-states and the masks that the blocks get. `structure` finds them by watching which Linen module is called, through whatever
-functions and methods are wrapped around it; `marked` makes the call's masks readable like hidden states.
+states and the masks that the blocks get. `structure` finds them by watching which Linen module is called, through
+whatever functions and methods are wrapped around it; `marked` makes the call's masks readable like hidden states.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ import jax.tree_util as jtu
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from jaxpeft.hooks import _REPEATING
+from jaxpeft.hooks import is_unhooked
 from jaxpeft.method import ApplyFn, Params
 from jaxpeft.models.layers import BlockConfig
 
-__all__ = ["ARGUMENTS", "Structure", "argument", "marked", "structure", "unwatched"]
+__all__ = ["ARGUMENTS", "Structure", "argument", "marked", "structure"]
 
 
 class Structure(NamedTuple):
@@ -73,7 +73,7 @@ def structure(apply_fn: ApplyFn, params: Params, inputs: Sequence[Any], kwargs: 
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         config = getattr(context.module, "config", None)
-        if context.method_name != "__call__" or config is None or _REPEATING.get():
+        if context.method_name != "__call__" or config is None or is_unhooked():
             return next_fun(*args, **kwargs)
         if not isinstance(config, BlockConfig):
             fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
@@ -117,7 +117,7 @@ def marked(apply_fn: ApplyFn, seen: Structure) -> ApplyFn:
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         other = module.path != seen.path or not hasattr(module, "config")
-        if context.method_name != "__call__" or other or _REPEATING.get():
+        if context.method_name != "__call__" or other or is_unhooked():
             return next_fun(*args, **kwargs)
         bound = _bound(module, args, kwargs)
         for name in seen.given:
@@ -129,13 +129,3 @@ def marked(apply_fn: ApplyFn, seen: Structure) -> ApplyFn:
             return apply_fn(params, *inputs, **kwargs)
 
     return run
-
-
-@contextlib.contextmanager
-def unwatched() -> Iterator[None]:
-    """For the side network's own modules: nobody's to hook, watch or mark."""
-    token = _REPEATING.set(True)
-    try:
-        yield
-    finally:
-        _REPEATING.reset(token)

@@ -32,10 +32,10 @@ from jaxpeft.models.layers import (
     from_fields,
     norm,
     run_layers,
-    wide_dtype,
 )
 from jaxpeft.models.names import Row, dense_rows, embed_row, norm_rows, under
 from jaxpeft.models.vit import CLIP_VISION_ROWS, VisionConfig, VisionTransformer, pair, unpair
+from jaxpeft.trees import wide_dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

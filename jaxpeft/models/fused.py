@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxpeft import trees
+
 
 def _along(rows: Array, shape: tuple[int, ...]) -> Array:
     """One number a row, spread over the last axis.
@@ -42,7 +44,7 @@ def _heads_last(x: Array, heads: int) -> Array:
 
 
 def _product(a: Array, b: Array, over: tuple[int, int], wide: bool = False) -> Array:
-    kind = jnp.promote_types(a.dtype, jnp.float32) if wide else None
+    kind = trees.wide_dtype(a.dtype) if wide else None
     return lax.dot_general(a, b.astype(a.dtype), ((over[:1], over[1:]), ((0, 1), (0, 1))), preferred_element_type=kind)
 
 
@@ -125,7 +127,7 @@ def layer_norm(
 
 
 def _norm(x: Array, gain: Array, shift: Array, eps: float) -> tuple[Array, tuple[Array, ...]]:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(trees.wide_dtype(x.dtype))
     mean = wide.mean(-1)
     centred = wide - _along(mean, x.shape)  # two passes: E[x²] - E[x]² loses digits where a feature has a large mean
     inverse = lax.rsqrt(jnp.square(centred).mean(-1) + eps)

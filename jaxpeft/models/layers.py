@@ -29,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxpeft.models import fused
+from jaxpeft.trees import wide_dtype
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": fused.gelu,
@@ -123,11 +124,6 @@ def from_fields(cls: type[C], hf: Mapping[str, Any], fields: Mapping[str, Any], 
 
 
 # ------------------------------------------------------------------------------------------------ small modules
-
-
-def wide_dtype(dtype: Any) -> Any:
-    """float32, or `dtype` where that is wider; jnp.promote_types would refuse under strict promotion."""
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def kernel_init(config: BlockConfig, scale: float = 1.0) -> Callable[..., Array]:

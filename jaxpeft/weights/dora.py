@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Key
 
+from jaxpeft import trees
 from jaxpeft.weights.factored import Factor, Factored, letters
 from jaxpeft.weights.low_rank import low_rank
 
@@ -21,7 +22,7 @@ def column_norm(
     |w + s a b|² = |w|² + 2 s (aᵀw) · b + s² b · (aᵀa) b per column: O(outer r) memory, the sum is never formed.
     """
     s, i, o = letters(w, a, b)
-    wide = jnp.promote_types(w.dtype, jnp.float32)
+    wide = trees.wide_dtype(w.dtype)
     w, a, b = (x.astype(wide) for x in (w, a, b))
     scale = jnp.asarray(scale, wide)
     scale = scale.reshape(scale.shape + (1,) * (len(s + o) - scale.ndim))

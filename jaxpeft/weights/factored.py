@@ -22,6 +22,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Key
 
+from jaxpeft import trees
 from jaxpeft.weights.array_like import ArrayLike, Dims
 
 STATIC: dict[str, Any] = {"static": True}
@@ -96,7 +97,7 @@ class Factored(ArrayLike):
 
     def dense(self) -> Array:
         letters, sizes = "".join(self.axes), self.sizes()
-        wide = jnp.promote_types(self.dtype, jnp.float32)  # sums of bfloat16 products are rounded once, at the end
+        wide = trees.wide_dtype(self.dtype)  # sums of bfloat16 products are rounded once, at the end
         total = 0.0
         for term in self.terms:
             total = total + _einsum(
