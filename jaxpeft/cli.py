@@ -25,7 +25,7 @@ def _config() -> Any:
 class Finetune:
     """Adapt a pretrained model to a data set and measure it on the test split.
 
-    Without arguments: all-MiniLM-L6-v2 on Reuters R8 with LoRA, about five minutes on two cores.
+    Without arguments: all-MiniLM-L6-v2 on Reuters R8 with LoRA.
 
     Examples:
       jaxpeft finetune

@@ -10,7 +10,8 @@ from jaxpeft.method import METHODS
 from jaxpeft.train.metrics import Metrics
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    """A table for the terminal, numbers to the right."""
     from rich.table import Table
 
     table = Table(*columns)
@@ -33,7 +34,7 @@ def bytes_text(n: float) -> str:
 def result_table(results: Sequence[Mapping[str, Any]]) -> Any:
     """One row a run."""
     columns = ("method", "test accuracy", "macro-F1", "trained", "of the model", "training", "step's memory", "delta")
-    return _table(
+    return table_of(
         columns,
         [
             (
@@ -59,7 +60,7 @@ def methods_table(counts: Mapping[str, int]) -> Any:
         n = counts.get(name)
         return "-" if n is None else "does not fit" if n < 0 else f"{n:,}"
 
-    return _table(
+    return table_of(
         columns,
         [
             (

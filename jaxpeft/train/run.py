@@ -46,7 +46,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """What a run does. The defaults are those with which LoRA was best on R8's validation split.
+    """What a run does. LoRA's default rate was the better of 2e-3 and 4e-3 on R8's validation split.
 
     Attributes:
       model: a built-in name, a folder, or a hub id.
@@ -284,8 +284,12 @@ def finetune(
     step = Compiled(make_step(adapted, loaded.task, optimiser, accumulate=parts_of(config)), donate_argnums=0)
     held_out = batches_of(loaded, "validation", _evaluation_rows(config))
 
+    last: Scores | None = None
+
     def validate(state: TrainState) -> Scores:
-        return evaluate(evaluation, state.delta, params, held_out, place)
+        nonlocal last
+        last = evaluate(evaluation, state.delta, params, held_out, place)
+        return last
 
     checkpoints = metrics = None
     if folder is not None:
@@ -306,7 +310,7 @@ def finetune(
     training = time.perf_counter()
     state = fit(step, state, params, train, steps, how)
     seconds = time.perf_counter() - training
-    result = _result(config, loaded, state.delta, params, step, validate(state))
+    result = _result(config, loaded, state.delta, params, step, last or validate(state))
     if config.test:
         scores = evaluate(evaluation, state.delta, params, batches_of(loaded, "test", _evaluation_rows(config)), place)
         result |= {"test_accuracy": scores.accuracy, "test_macro_f1": scores.macro_f1, "test_loss": scores.loss}
@@ -329,7 +333,7 @@ def _placed(
     """Base and state on the devices there are, and what puts a batch there."""
     key = jax.random.key(config.seed)
     example = train.batch(0)
-    init = lambda key, params: adapted.init(key, params, *_inputs(loaded, example))
+    init = lambda key, params: adapted.init(key, params, *inputs_of(loaded, example))
     state = create(jax.jit(init)(key, loaded.params), optimiser, config.seed)
     if jax.device_count() == 1:
         return loaded.params, None, state
@@ -343,7 +347,7 @@ def _placed(
     return sharding.place_base(mesh, loaded.params), place, sharding.place_state(mesh, state)
 
 
-def _inputs(loaded: Loaded, batch: Any) -> tuple[Any, ...]:
+def inputs_of(loaded: Loaded, batch: Any) -> tuple[Any, ...]:
     return (batch.image,) if loaded.tokenizer is None else (batch.input_ids, batch.attention_mask)
 
 
@@ -435,7 +439,7 @@ def parameters_for(config: Config, loaded: Loaded) -> dict[str, int]:
             batch = batches_of(loaded, "validation", 2).batch(0)
             init = adapt(loaded.model.apply, method).init
             shapes = jax.eval_shape(
-                lambda k, p, i=init: i(k, p, *_inputs(loaded, batch)), jax.random.key(0), loaded.params
+                lambda k, p, i=init: i(k, p, *inputs_of(loaded, batch)), jax.random.key(0), loaded.params
             )
             out[name] = trees.count(trees.learned(shapes)[0])
         except ValueError:

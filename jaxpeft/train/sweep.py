@@ -20,15 +20,15 @@ from jaxpeft import trees
 from jaxpeft.method import adapt, entry
 from jaxpeft.train.loop import Compiled
 from jaxpeft.train.metrics import accuracy, macro_f1
-from jaxpeft.train.report import _table
+from jaxpeft.train.report import table_of
 from jaxpeft.train.run import (
     Config,
     ConfigError,
     Loaded,
     Progress,
-    _inputs,
     batches_of,
     build_method,
+    inputs_of,
     load,
     optimiser_of,
     parts_of,
@@ -76,7 +76,7 @@ def sweep_validation(
     loaded = load(config) if loaded is None else loaded
     train = batches_of(loaded, "train", config.batch_size, seed=config.seed, shuffle=True)
     steps = total_steps(config, train)
-    example = _inputs(loaded, train.batch(0))
+    example = inputs_of(loaded, train.batch(0))
     stacked = Settings(
         jnp.array([s.rate for s in settings], jnp.float32),
         jnp.array([s.alpha for s in settings], jnp.float32),
@@ -136,7 +136,7 @@ def sweep_validation(
 def sweep_table(rows: Sequence[dict[str, Any]]) -> Any:
     """The settings, best first."""
     ranked = sorted(rows, key=lambda r: -r["validation_accuracy"])
-    return _table(
+    return table_of(
         ("rate", "alpha", "seed", "validation accuracy", "macro-F1", "last loss"),
         [
             (
