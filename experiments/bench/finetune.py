@@ -1,6 +1,6 @@
 """How fast and how large: LoRA fine-tuning of MiniLM here and with Hugging Face PEFT, on the same CPU.
 
-    python experiments/bench/finetune.py            all of it: about 25 minutes on two quiet cores
+    python experiments/bench/finetune.py            all of it: about 15 minutes on two quiet cores
     python experiments/bench/finetune.py --smoke    each part once, seconds
 
 Both sides: BertForSequenceClassification with its pooler, LoRA r=8 on query and value, head trained, AdamW, batch 16 of
@@ -18,24 +18,43 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 ROWS, LENGTH, RANK, CLASSES = 16, 128, 8, 8
-RESULT = Path(__file__).parents[1] / "results" / "bench_finetune.json"
 
 
-def batches(count):
-    """`count` batches of R8 training texts, every row cut or padded to LENGTH."""
+def write_batches(count, path):
+    """`count` batches of R8 training texts, every row cut or padded to LENGTH: made once, read by both sides."""
     import numpy as np
 
     from jaxpeft import data
 
     text = data.load("r8")
     tokenizer = data.Tokenizer(data.model_folder("all-MiniLM-L6-v2"))
-    ids, mask = tokenizer.encode(text.train.inputs[: count * ROWS], LENGTH).padded(np.arange(count * ROWS), LENGTH, 0)
-    labels = np.asarray(text.train.labels[: count * ROWS])
-    return [(ids[i : i + ROWS], mask[i : i + ROWS], labels[i : i + ROWS]) for i in range(0, count * ROWS, ROWS)]
+    rows = count * ROWS
+    ids, mask = tokenizer.encode(text.train.inputs[:rows], LENGTH).padded(np.arange(rows), LENGTH, 0)
+    labels = np.asarray(text.train.labels[:rows], np.int32)
+    cut = lambda x: x.reshape(count, ROWS, *x.shape[1:])
+    np.savez(path, ids=cut(ids), mask=cut(mask), labels=cut(labels))
+
+
+def batches(count):
+    """The first `count` of them as (ids, mask, labels)."""
+    import numpy as np
+
+    with np.load(os.environ["BENCH_BATCHES"]) as held:
+        return list(zip(*(held[k][:count] for k in ("ids", "mask", "labels"))))
+
+
+def text_batch(batch):
+    import numpy as np
+
+    from jaxpeft import data
+
+    return data.TextBatch(*batch, np.ones(ROWS, np.float32), np.arange(ROWS, dtype=np.int32))
 
 
 def report(**numbers):
@@ -81,9 +100,8 @@ def child_jaxpeft(steps):
     environment()
     work = batches(steps + 2)
     import jax
-    import numpy as np
 
-    from jaxpeft import data, train
+    from jaxpeft import train
 
     _, params, adapted, optimiser, step = jaxpeft_model("lora")
     delta = jax.jit(adapted.init)(jax.random.key(0), params, *work[0][:2])
@@ -92,41 +110,42 @@ def child_jaxpeft(steps):
 
     def one(batch):
         nonlocal state
-        ids, mask, labels = batch
-        full = data.TextBatch(
-            ids, mask, labels.astype(np.int32), np.ones(ROWS, np.float32), np.arange(ROWS, dtype=np.int32)
-        )
-        state, numbers = program(state, params, full)
+        state, numbers = program(state, params, text_batch(batch))
         return float(numbers["loss"])
 
     report(**timed(one, work), temporary_mb=program.temporary_bytes / 1e6)
 
 
-def child_peft(steps):
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    work = batches(steps + 2)
+def peft_base():
+    """The base model in torch, without dropout; and what makes a LoRA model of it."""
     import peft
     import torch
     import transformers
-
-    from jaxpeft import data
 
     torch.set_num_threads(2)
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        data.model_folder("all-MiniLM-L6-v2"),
-        num_labels=CLASSES,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        os.environ["BENCH_MODEL"], num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     config = peft.LoraConfig(
         r=RANK, lora_alpha=2 * RANK, target_modules=["query", "value"], modules_to_save=["classifier"]
     )
-    model = peft.get_peft_model(model, config)
-    model.train()
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    def adapted(model):
+        model = peft.get_peft_model(model, config)
+        model.train()
+        return model
+
+    return base, adapted
+
+
+def peft_step(model, rate):
+    """`(batch) -> loss`, one AdamW step on the adapters and the classifier."""
+    import torch
+
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
 
     def one(batch):
         ids, mask, labels = (torch.as_tensor(x).long() for x in batch)
@@ -136,7 +155,13 @@ def child_peft(steps):
         optimiser.zero_grad()
         return loss.item()
 
-    report(**timed(one, work))
+    return one
+
+
+def child_peft(steps):
+    work = batches(steps + 2)
+    base, adapted = peft_base()
+    report(**timed(peft_step(adapted(base), 1e-3), work))
 
 
 def child_forward(steps):
@@ -175,10 +200,9 @@ def child_sweep(steps):
     work = batches(steps)
     import jax
     import jax.numpy as jnp
-    import numpy as np
     import optax
 
-    from jaxpeft import data, train
+    from jaxpeft import train
 
     _, params, adapted, _, _ = jaxpeft_model("lora")
     rates = jnp.geomspace(1e-4, 4e-3, 8)
@@ -194,11 +218,8 @@ def child_sweep(steps):
 
     states = jax.jit(jax.vmap(start, (0, None)))(rates, params)
     many = train.Compiled(jax.vmap(step, (0, 0, None, None)), donate_argnums=1)
-    for ids, mask, labels in work:
-        full = data.TextBatch(
-            ids, mask, labels.astype(np.int32), np.ones(ROWS, np.float32), np.arange(ROWS, dtype=np.int32)
-        )
-        states, numbers = many(rates, states, params, full)
+    for batch in work:
+        states, numbers = many(rates, states, params, text_batch(batch))
     numbers["loss"].block_until_ready()
     report(
         total_seconds=time.perf_counter() - began, compile_seconds=many.seconds, temporary_mb=many.temporary_bytes / 1e6
@@ -207,39 +228,17 @@ def child_sweep(steps):
 
 def child_peft_sweep(steps):
     """Eight PEFT runs one after another: model loading is not counted, training is."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    work = batches(steps)
     import copy
 
-    import peft
-    import torch
-    import transformers
-
-    from jaxpeft import data
-
-    torch.set_num_threads(2)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(
-        data.model_folder("all-MiniLM-L6-v2"),
-        num_labels=CLASSES,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    work = batches(steps)
+    base, adapted = peft_base()
     total = 0.0
     for k in range(8):
-        config = peft.LoraConfig(
-            r=RANK, lora_alpha=2 * RANK, target_modules=["query", "value"], modules_to_save=["classifier"]
-        )
-        model = peft.get_peft_model(copy.deepcopy(base), config)
-        model.train()
+        model = adapted(copy.deepcopy(base))
         began = time.perf_counter()
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4 * 40 ** (k / 7))
+        one = peft_step(model, 1e-4 * 40 ** (k / 7))
         for batch in work:
-            ids, mask, labels = (torch.as_tensor(x).long() for x in batch)
-            model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            one(batch)
         total += time.perf_counter() - began
     report(total_seconds=total)
 
@@ -255,7 +254,7 @@ CHILDREN = {
 
 def run(name, steps, cache):
     env = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "BENCH_BEGAN": str(time.time())}
-    env["JAX_COMPILATION_CACHE_DIR"] = cache
+    env |= {"JAX_COMPILATION_CACHE_DIR": cache, "TOKENIZERS_PARALLELISM": "false"}
     out = subprocess.run(
         [sys.executable, __file__, "--child", name, "--steps", str(steps)], env=env, capture_output=True, text=True
     )
@@ -269,7 +268,7 @@ def main():
     parser.add_argument("--child", choices=CHILDREN)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--sweep-steps", type=int, default=30)
+    parser.add_argument("--sweep-steps", type=int, default=20)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
@@ -279,9 +278,14 @@ def main():
     steps, pairs, sweep_steps = (
         (1, 1, 1) if arguments.smoke else (arguments.steps, arguments.pairs, arguments.sweep_steps)
     )
-    import tempfile
+    import record
+
+    from jaxpeft.data import model_folder
 
     with tempfile.TemporaryDirectory() as cache:
+        os.environ["BENCH_BATCHES"] = str(Path(cache) / "batches.npz")
+        os.environ["BENCH_MODEL"] = str(model_folder("all-MiniLM-L6-v2"))
+        write_batches(max(steps + 2, sweep_steps), os.environ["BENCH_BATCHES"])
         cold = run("jaxpeft", 1, cache)
         warm = run("jaxpeft", 1, cache)
         ours, theirs = [], []
@@ -298,6 +302,7 @@ def main():
     memory = [a["peak_rss_mb"] / b["peak_rss_mb"] for a, b in zip(ours, theirs)]
     sweep = [a["total_seconds"] / b["total_seconds"] for a, b in sweeps]
     result = {
+        **record.provenance("torch", "transformers", "peft"),
         "throughput_ratio": {"median": statistics.median(throughput), "runs": throughput, "goal": ">= 1.5"},
         "memory_ratio": {"median": statistics.median(memory), "runs": memory, "goal": "<= 0.8"},
         "adapted_over_base": {
@@ -321,11 +326,10 @@ def main():
         "sweeps": [{"jaxpeft": a, "peft": b} for a, b in sweeps],
         "setting": {"rows": ROWS, "length": LENGTH, "rank": RANK, "threads": 2, "steps": steps, "accumulate": 4},
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    target = arguments.out or (None if arguments.smoke else RESULT)
+    print(json.dumps(result, indent=1))
+    target = arguments.out or (None if arguments.smoke else record.RESULTS / "bench_finetune.json")
     if target:
-        target.write_text(text + "\n")
+        record.write(target, result)
 
 
 if __name__ == "__main__":

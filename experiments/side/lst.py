@@ -28,9 +28,8 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import platform
 import statistics
-import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -46,10 +45,12 @@ from jaxpeft.adapt.ladder import lst
 from jaxpeft.files import write_atomically
 from jaxpeft.models import ImageClassifier, VisionConfig
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import record
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULT = Path(__file__).parents[1] / "results" / "lst.json"
 BACKBONE = ("layers", "width", "heads", "patch", "examples")
 T_95 = 2.776  # Student's t, four degrees of freedom
 
@@ -273,7 +274,7 @@ def verdicts(rows):
     claims = []
 
     def claim(text, holds, evidence):
-        claims.append({"claim": text, "verdict": "holds" if holds else "does not hold", "evidence": evidence})
+        claims.append(record.claim(text, holds, evidence))
 
     share = {n: ours["temporaries_mib"] / by[n]["temporaries_mib"] for n in ("LoRA", "adapters", "full")}
     claim(
@@ -311,22 +312,13 @@ def figure(rows, path: Path) -> None:
     plt.close(fig)
 
 
-def commit() -> str:
-    def git(*words):
-        return subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="LST in small; see the file's first lines.")
     parser.add_argument("--smoke", action="store_true", help="each part once, in small")
     parser.add_argument("--out", type=Path, help="the JSON file to write, and beside it the figure")
     args = parser.parse_args()
     setup = SMOKE if args.smoke else Setup()
-    out = args.out or (None if args.smoke else RESULT)
+    out = args.out or (None if args.smoke else record.RESULTS / "lst.json")
     began = time.perf_counter()
 
     model = model_of(setup)
@@ -344,11 +336,7 @@ def main() -> None:
     result = {
         "paper": "LST, Sung et al., NeurIPS 2022",
         "setup": dataclasses.asdict(setup),
-        "commit": commit(),
-        "versions": {
-            "python": platform.python_version(),
-            **{m.__name__: m.__version__ for m in (jax, optax, np)},
-        },
+        **record.provenance(),
         "examples": {n: len(p[0]) for n, p in parts.items()},
         "source_validation_accuracy": source_accuracy,
         "claims": claims,
@@ -357,8 +345,7 @@ def main() -> None:
         "seconds": time.perf_counter() - began,
     }
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, lambda p: p.write_text(json.dumps(result, indent=1) + "\n"))
+        record.write(out, result)
         figure(rows, out.with_suffix(".png"))
         print(f"wrote {out}")
 
