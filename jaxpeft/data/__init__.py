@@ -21,6 +21,7 @@ from jaxpeft.data.batches import (
     text_batches,
 )
 from jaxpeft.data.datasets import NAMES, TEXTS, Dataset, DatasetError, Split, TextSet, load, load_text, subsample
+from jaxpeft.data.manuals import ManualPages, manual_pages
 from jaxpeft.data.tokens import Ragged, Tokenizer
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Dataset",
     "DatasetError",
     "ImageBatch",
+    "ManualPages",
     "Ragged",
     "Split",
     "TextBatch",
@@ -44,6 +46,7 @@ __all__ = [
     "image_batches",
     "load",
     "load_text",
+    "manual_pages",
     "model_folder",
     "restore_order",
     "subsample",

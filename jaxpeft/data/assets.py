@@ -359,7 +359,7 @@ def _debian(name: str, asset: Deb, folder: Path) -> None:
             f"asset {name!r} is not in the cache and JAXPEFT_OFFLINE forbids fetching it; missing: the Debian "
             f"package {asset.package}: {by_hand}"
         )
-    package = _apt_download(name, asset, downloads, by_hand)
+    package = apt_download(name, asset.package, downloads, by_hand)
     try:
         _unpack_deb(package, asset, folder)
         _check_contents(name, asset, folder, package)
@@ -381,15 +381,16 @@ def _check_contents(name: str, asset: Deb, folder: Path, source: Path) -> None:
             raise AssetError(f"asset {name!r}: {file} of {source}: sha256 of the contents is {found}, not {expected}")
 
 
-def _apt_download(name: str, asset: Deb, downloads: Path, by_hand: str) -> Path:
+def apt_download(name: str, package: str, downloads: Path, by_hand: str) -> Path:
+    """The Debian package in its newest version, into `downloads`; `by_hand` tells what to do where that fails."""
     if shutil.which("apt-get") is None:
         raise AssetError(
-            f"asset {name!r} comes as the Debian package {asset.package}, and this system has no apt-get: {by_hand}"
+            f"asset {name!r} comes as the Debian package {package}, and this system has no apt-get: {by_hand}"
         )
     downloads.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=downloads) as folder:
         # `download` writes into the current folder and needs no rights beyond it.
-        command = ["apt-get", "download", "-q", asset.package]
+        command = ["apt-get", "download", "-q", package]
         try:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800, check=False)
         except subprocess.TimeoutExpired as error:
@@ -398,7 +399,7 @@ def _apt_download(name: str, asset: Deb, downloads: Path, by_hand: str) -> Path:
         if done.returncode or not found:
             lines = [line for line in done.stderr.splitlines() if line.startswith("E:")]
             raise AssetError(
-                f"asset {name!r}: `apt-get download {asset.package}` failed: {' '.join(lines[-3:]) or 'no file came'}. "
+                f"asset {name!r}: `apt-get download {package}` failed: {' '.join(lines[-3:]) or 'no file came'}. "
                 f"The package list may be missing (`apt-get update` as root). Or {by_hand}"
             )
         target = downloads / re.sub(r"%[0-9a-fA-F]{2}", "-", found[0].name)
@@ -409,7 +410,7 @@ def _apt_download(name: str, asset: Deb, downloads: Path, by_hand: str) -> Path:
 def _unpack_deb(package: Path, asset: Deb, folder: Path) -> None:
     """A .deb is an `ar` archive that holds a tar archive, `data.tar.<compression>`."""
     try:
-        with _data_tar(package) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+        with data_tar(package) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
                 path = PurePosixPath(member.name)
                 wanted = member.isfile() and path.name in asset.contents and path.parent == PurePosixPath(asset.inside)
@@ -421,7 +422,7 @@ def _unpack_deb(package: Path, asset: Deb, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _data_tar(package: Path):
+def data_tar(package: Path):
     """The decompressed stream of `data.tar.*` inside the package."""
     with open(package, "rb") as file:
         if file.read(8) != b"!<arch>\n":

@@ -159,6 +159,14 @@ def build_method(config: Config, **overrides: Any) -> Method:
     return method if config.method in ("full", "head") else chain(method, head_method())
 
 
+def adapted_model(config: Config, loaded: Loaded, method: Method) -> Adapted:
+    """The loaded model with a method; a reader's is left whole, since it reads what a narrow model does not compute."""
+    model = loaded.model
+    if entry(config.method).mechanism == "reader" and getattr(model.config, "narrow", False):
+        model = model.clone(config=dataclasses.replace(model.config, narrow=False))
+    return adapt(model.apply, method)
+
+
 def load(config: Config) -> Loaded:
     """Reads model and data; everything is cached on disk after the first time."""
     parse_options(config.method, config.options)  # wrong words are said before anything is read
@@ -168,7 +176,7 @@ def load(config: Config) -> Loaded:
     folder = data.model_folder(config.model)
     overrides: dict[str, Any] = {"dtype": config.dtype, "scan": config.scan, "remat": config.remat}
     text = dataset.kind == "text"
-    if text and entry(config.method).mechanism != "reader":
+    if text:
         overrides["narrow"] = True  # what only the first token's state decides is computed for it alone
     model, params = load_classifier(
         folder,
@@ -274,7 +282,7 @@ def finetune(
     began = time.perf_counter()
     loaded = load(config) if loaded is None else loaded
     method = build_method(config)
-    adapted = adapt(loaded.model.apply, method)
+    adapted = adapted_model(config, loaded, method)
     train = batches_of(loaded, "train", config.batch_size, seed=config.seed, shuffle=True)
     steps = total_steps(config, train)
     optimiser = optimiser_of(config, steps)
@@ -399,7 +407,7 @@ def open_run(folder: Path) -> Trained:
     config = config_from(saved.extra["config"])
     loaded = load(dataclasses.replace(config, per_class=0))
     saved = load_delta(where, loaded.params)
-    adapted = adapt(loaded.model.apply, saved.method)
+    adapted = adapted_model(config, loaded, saved.method)
     return Trained(adapted, loaded.params, saved.delta, loaded, config, tuple(saved.extra["labels"]))
 
 
@@ -435,9 +443,9 @@ def parameters_for(config: Config, loaded: Loaded) -> dict[str, int]:
     out = {}
     for name in METHODS:
         try:
-            method = build_method(dataclasses.replace(config, method=name, options=()))
+            own = dataclasses.replace(config, method=name, options=())
             batch = batches_of(loaded, "validation", 2).batch(0)
-            init = adapt(loaded.model.apply, method).init
+            init = adapted_model(own, loaded, build_method(own)).init
             shapes = jax.eval_shape(
                 lambda k, p, i=init: i(k, p, *inputs_of(loaded, batch)), jax.random.key(0), loaded.params
             )

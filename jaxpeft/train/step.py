@@ -67,24 +67,43 @@ def cross_entropy(logits: Float[Array, "b c"], labels: Int[Array, "b"]) -> Float
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
 
 
-def text_classification(model_dropout: bool = False) -> Task:
-    """Logits from (input_ids, attention_mask); `model_dropout` turns the base's own dropout on in training."""
+def _forward(*fields: str, model_dropout: bool) -> Callable[[Callable[..., Any], Any, Any], Any]:
+    """The model on these fields of a batch, its own dropout on where asked for and where there is a key."""
 
     def forward(apply: Callable[..., Any], batch: Any, key: Any) -> Any:
         own = {"deterministic": False, "rngs": {"dropout": key}} if model_dropout and key is not None else {}
-        return apply(batch.input_ids, batch.attention_mask, dropout_key=key, **own)
+        return apply(*(getattr(batch, f) for f in fields), dropout_key=key, **own)
 
-    return Task(forward, lambda logits, batch: cross_entropy(logits, batch.label))
+    return forward
+
+
+def text_classification(model_dropout: bool = False) -> Task:
+    """Logits from (input_ids, attention_mask); `model_dropout` turns the base's own dropout on in training."""
+
+    return Task(
+        _forward("input_ids", "attention_mask", model_dropout=model_dropout),
+        lambda logits, batch: cross_entropy(logits, batch.label),
+    )
 
 
 def image_classification(model_dropout: bool = False) -> Task:
     """Logits from images."""
 
-    def forward(apply: Callable[..., Any], batch: Any, key: Any) -> Any:
-        own = {"deterministic": False, "rngs": {"dropout": key}} if model_dropout and key is not None else {}
-        return apply(batch.image, dropout_key=key, **own)
+    return Task(
+        _forward("image", model_dropout=model_dropout), lambda logits, batch: cross_entropy(logits, batch.label)
+    )
 
-    return Task(forward, lambda logits, batch: cross_entropy(logits, batch.label))
+
+def language_modelling(model_dropout: bool = False) -> Task:
+    """Next-token logits from (input_ids, attention_mask); a row's loss is the mean over its real next tokens."""
+
+    def loss(logits: Array, batch: Any) -> Float[Array, "b"]:
+        ids, real = batch.input_ids[:, 1:], batch.attention_mask[:, 1:].astype(jnp.float32)
+        logits = logits[:, -batch.input_ids.shape[1] : -1]  # virtual tokens in front predict nothing
+        each = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), ids)
+        return (each * real).sum(1) / jnp.maximum(real.sum(1), 1.0)
+
+    return Task(_forward("input_ids", "attention_mask", model_dropout=model_dropout), loss)
 
 
 def create(delta: PyTree, optimiser: optax.GradientTransformation, seed: Any = 0) -> TrainState:

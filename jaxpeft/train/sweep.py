@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from jaxpeft import trees
-from jaxpeft.method import adapt, entry
+from jaxpeft.method import entry
 from jaxpeft.train.loop import Compiled
 from jaxpeft.train.metrics import accuracy, macro_f1
 from jaxpeft.train.report import table_of
@@ -26,6 +26,7 @@ from jaxpeft.train.run import (
     ConfigError,
     Loaded,
     Progress,
+    adapted_model,
     batches_of,
     build_method,
     inputs_of,
@@ -85,7 +86,7 @@ def sweep_validation(
 
     def parts(one: Settings) -> tuple[Any, Any]:
         method = build_method(config, **({str(knob): one.alpha} if with_alpha else {}))
-        return adapt(loaded.model.apply, method), optimiser_of(config, steps, one.rate)
+        return adapted_model(config, loaded, method), optimiser_of(config, steps, one.rate)
 
     def start(one: Settings, params: Any) -> TrainState:
         adapted, optimiser = parts(one)

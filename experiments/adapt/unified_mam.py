@@ -1,0 +1,349 @@
+"""The unified view and the MAM adapter (He et al., ICLR 2022) in small: which design of an adapter is worth its parameters.
+
+    python experiments/adapt/unified_mam.py            all of it: about 30 minutes on two quiet cores
+    python experiments/adapt/unified_mam.py --smoke    every part once in small; writes nothing unless --out is given
+
+A byte-level causal transformer (4 layers, width 96) is trained once on English manual pages and kept in the cache. It is
+then adapted, frozen, to German ones. The measure is bits a byte on held-out German pages. All designs are points of
+`jaxpeft.adapt.unified`'s table with the paper's initialisations; "6 %" and "0.3 %" are shares of the model's parameters
+(the prefix counts its tables, not the network that makes them in training). For each method one rate out of one grid,
+and for scaled ones the scale out of 1, 2, 4, by the validation pages of one seed that is not measured; then five seeds,
+each with its own data order and initialisation, the same for all methods, and one look at the test pages.
+
+Stated before running, each to be reported as holding or not, by the mean of the five paired differences:
+  1. At equal site and rank a parallel adapter is no worse than a sequential one, at the feed-forward network and at
+     attention.
+  2. At 6 % the feed-forward network is the better site: its parallel adapter beats attention's.
+  3. At 0.3 % attention's heads are: the multi-head parallel adapter and the prefix beat the parallel adapter at attention.
+  4. A scaled parallel adapter, its scale chosen on validation, is no worse than a parallel one.
+  5. At equal parameters MAM is no worse than the prefix alone and than the parallel adapter alone, and closes more than
+     half of what lies between the prefix and full fine-tuning.
+In the paper most of these differences are small; only the last is claimed to hold here in any case.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from safetensors.numpy import load_file, save_file
+
+from jaxpeft import adapt, chain, data, full, lora, mam, prefix_tuning, train, trees
+from jaxpeft.adapt.adapters import scaled_parallel
+from jaxpeft.adapt.unified import Design, sublayer
+from jaxpeft.files import write_atomically
+from jaxpeft.models import Decoder, DecoderConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import record
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+T_95 = 2.776  # Student's t, four degrees of freedom
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Sizes of the experiment."""
+
+    width: int = 96
+    layers: int = 4
+    heads: int = 4
+    context: int = 96
+    pretraining_steps: int = 3000
+    pretraining_batch: int = 32
+    pretraining_rate: float = 2e-3
+    steps: int = 250
+    batch: int = 16
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    scales: tuple[float, ...] = (1.0, 2.0, 4.0)
+    rank: int = 36
+    small: int = 2
+    prefix: int = 6  # of MAM; its adapter has `rank - prefix`
+    seeds: int = 5
+    windows: int = 512  # of the test pages
+
+
+SMOKE = Setup(32, 2, 2, 24, 4, 4, 2e-3, 3, 4, (3e-3,), (2.0,), 6, 1, 2, 2, 8)
+
+
+def methods(s: Setup) -> dict[str, list]:
+    """Every method, as its candidates: one, or one a scale."""
+    r, few = s.rank, s.small
+    large = {
+        "sequential, ffn": [sublayer(Design(site="ffn"), r)],
+        "parallel, ffn": [sublayer("parallel_adapter", r)],
+        "sequential, attention": [sublayer("sequential_attention_adapter", r)],
+        "parallel, attention": [sublayer("parallel_attention_adapter", r)],
+        "scaled parallel, ffn": [scaled_parallel(r, scale) for scale in s.scales],
+        "LoRA, ffn": [lora(max(1, 2 * r // 10), at="**/mlp/{up,down}/kernel")],
+        "prefix": [prefix_tuning(r)],
+        "MAM": [mam(s.prefix, r - s.prefix, scale) for scale in s.scales],
+    }
+    tiny = {
+        "multi-head parallel, 0.3 %": [sublayer("multi_head_parallel_adapter", few)],
+        "prefix, 0.3 %": [prefix_tuning(few)],
+        "prefix without gating, 0.3 %": [sublayer("prefix_without_gating", few)],
+        "parallel, attention, 0.3 %": [sublayer("parallel_attention_adapter", few)],
+        "parallel, ffn, 0.3 %": [sublayer("parallel_adapter", few)],
+    }
+    return {**large, **tiny, "full": [full()]}
+
+
+# ------------------------------------------------------------------------------------------------------------- the text
+
+
+def text_bytes(language: str) -> tuple[dict[str, np.ndarray], str]:
+    """The pages as bytes, 80/10/10 by whole pages in a fixed order, and the package they came in."""
+    pages = data.manual_pages(language)
+    names = np.random.default_rng(0).permutation(list(pages.texts))
+    cut = (8 * len(names) // 10, 9 * len(names) // 10)
+    parts = dict(zip(("train", "validation", "test"), np.split(names, cut)))
+    joined = {k: "\n\n".join(pages.texts[n] for n in part).encode() for k, part in parts.items()}
+    return {k: np.frombuffer(b, np.uint8) for k, b in joined.items()}, pages.package
+
+
+def windows(stream: np.ndarray, rows: int, length: int, seed: int) -> np.ndarray:
+    """`rows` windows of `length` bytes at random places."""
+    at = np.random.default_rng(seed).integers(0, len(stream) - length, rows)
+    return stream[at[:, None] + np.arange(length)].astype(np.int32)
+
+
+def batch_of(ids):
+    ones = jnp.ones(ids.shape[0], jnp.float32)
+    return data.TextBatch(ids, jnp.ones_like(ids), jnp.zeros(len(ids), jnp.int32), ones, jnp.arange(len(ids)))
+
+
+# --------------------------------------------------------------------------------------------------------- running it
+
+
+def model_of(s: Setup) -> Decoder:
+    return Decoder(
+        DecoderConfig(
+            vocab=256,
+            width=s.width,
+            layers=s.layers,
+            heads=s.heads,
+            head_dim=s.width // s.heads,
+            mlp_width=4 * s.width,
+            max_positions=s.context,
+            pre_norm=True,
+            norm_eps=1e-5,
+            family="gpt2",
+        )
+    )
+
+
+def trainer(adapted, steps: int):
+    """`(params, rate, seed, windows (steps, b, t)) -> delta`, the whole run as one compiled program."""
+    decay = optax.linear_schedule(1.0, 0.0, steps)
+
+    def make(rate):
+        return optax.chain(
+            optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_schedule(decay), optax.scale(-rate)
+        )
+
+    optimiser = optax.inject_hyperparams(make)
+    step = train.make_step(adapted, train.language_modelling(), optimiser(1.0))
+
+    @jax.jit
+    def run(params, rate, seed, ids):
+        state = train.create(adapted.init(jax.random.key(seed), params, ids[0]), optimiser(rate), seed)
+        state, _ = jax.lax.scan(lambda state, ids: step(state, params, batch_of(ids)), state, ids)
+        return state.delta, state.first_bad
+
+    return run
+
+
+def scorer(adapted, rows: int = 64):
+    """`(params, delta, windows) -> bits a byte`."""
+
+    @jax.jit
+    def score(params, delta, ids):
+        task = train.language_modelling()
+        cut = ids.reshape(-1, min(rows, len(ids)), ids.shape[1])
+        one = lambda ids: train.make_evaluation(adapted, task)(delta, params, batch_of(ids))["loss"]
+        return jnp.mean(jax.lax.map(one, cut)) / jnp.log(2.0)
+
+    return lambda *arguments: float(score(*arguments))
+
+
+def pretrained(s: Setup, model, stream, keep: bool):
+    """The base's parameters, trained once on English."""
+    what = {k: v for k, v in dataclasses.asdict(s).items() if k in ("width", "layers", "heads", "context")}
+    what |= {k: v for k, v in dataclasses.asdict(s).items() if k.startswith("pretraining")}
+    code = hashlib.sha256(json.dumps(what, sort_keys=True).encode() + stream.tobytes()).hexdigest()[:12]
+    path = data.cache_dir() / "experiments" / f"bytes-manual-pages-{code}.safetensors"
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, s.context), jnp.int32))
+    if keep and path.exists():
+        return trees.replace_leaves(params, {p: jnp.asarray(x) for p, x in load_file(path).items()})
+    adapted = adapt(model.apply, full())
+    rows = s.pretraining_steps * s.pretraining_batch
+    ids = windows(stream, rows, s.context, 0).reshape(s.pretraining_steps, s.pretraining_batch, s.context)
+    delta, bad = trainer(adapted, s.pretraining_steps)(params, s.pretraining_rate, 0, ids)
+    assert int(bad) < 0, f"pretraining diverged at step {int(bad)}"
+    params = adapted.merge(params, delta)
+    if keep:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flat = {p: np.asarray(x, order="C") for p, x in trees.by_path(params).items()}
+        write_atomically(path, lambda p: save_file(flat, p))
+    return params
+
+
+def parameters_in_use(method_name: str, delta) -> int:
+    """Learned parameters; a prefix's network only makes its tables, which are what is kept and counted."""
+    count, network = trees.count(delta), 0
+    for path, x in trees.by_path(delta).items():
+        if path.rpartition("/")[2] in ("embedding", "w1", "b1", "w2", "b2"):
+            network += x.size
+    if not network:
+        return count
+    embedding = next(x for p, x in trees.by_path(delta).items() if p.endswith("embedding"))
+    out = next(x for p, x in trees.by_path(delta).items() if p.endswith("b2"))
+    return count - network + embedding.shape[0] * out.size
+
+
+def measured(name, candidates, s: Setup, model, params, german):
+    """One row: what was chosen on validation, and five seeds on the test pages."""
+    began = time.perf_counter()
+    draw = lambda seed: windows(german["train"], s.steps * s.batch, s.context, seed).reshape(s.steps, s.batch, -1)
+    held = windows(german["validation"], s.windows, s.context, 1)
+    test = windows(german["test"], s.windows, s.context, 2)
+    tried: dict[tuple[int, float], float] = {}
+    programs = []
+    for i, method in enumerate(candidates):
+        adapted = adapt(model.apply, method)
+        programs.append((trainer(adapted, s.steps), scorer(adapted)))
+        for rate in s.rates:
+            delta, bad = programs[i][0](params, rate, 100, draw(100))
+            tried[i, rate] = programs[i][1](params, delta, held) if int(bad) < 0 else float("inf")
+    which, rate = min(tried, key=tried.__getitem__)
+    run, score = programs[which]
+    scores, used = [], 0
+    for seed in range(s.seeds):
+        delta, bad = run(params, rate, seed, draw(seed))
+        scores.append(score(params, delta, test) if int(bad) < 0 else float("nan"))
+        used = parameters_in_use(name, delta)
+    row = {
+        "method": name,
+        "parameters": used,
+        "percent": 100 * used / trees.count(params),
+        "rate": rate,
+        "scale": s.scales[which] if len(candidates) > 1 else None,
+        "bits_per_byte": scores,
+        "mean": statistics.mean(scores),
+        "std": statistics.stdev(scores),
+    }
+    details = {"validation": {f"candidate {i}, rate {r:g}": v for (i, r), v in tried.items()}}
+    print(
+        f"{name:30} {used:>8,} {row['percent']:6.2f} %  rate {rate:g}  scale {row['scale']}  "
+        f"{row['mean']:.4f} ± {row['std']:.4f} bits a byte  {time.perf_counter() - began:.0f} s",
+        flush=True,
+    )
+    return row, details
+
+
+def verdicts(rows):
+    """The docstring's claims against the rows; differences are left minus right, so that negative is better."""
+    by = {r["method"]: r for r in rows}
+
+    def difference(a, b):
+        d = [x - y for x, y in zip(by[a]["bits_per_byte"], by[b]["bits_per_byte"])]
+        return statistics.mean(d), T_95 * statistics.stdev(d) / len(d) ** 0.5
+
+    def better(text, *pairs, strict=False):
+        found = [difference(a, b) for a, b in pairs]
+        evidence = "; ".join(f"{a} - {b}: {1000 * m:+.1f} ± {1000 * h:.1f}" for (a, b), (m, h) in zip(pairs, found))
+        return record.claim(text, all(m < 0 if strict else m <= 0 for m, _ in found), evidence + " millibits a byte")
+
+    ffn, heads, tiny = "parallel, ffn", "parallel, attention", "parallel, attention, 0.3 %"
+    closed = (by["prefix"]["mean"] - by["MAM"]["mean"]) / (by["prefix"]["mean"] - by["full"]["mean"])
+    return [
+        better("At the feed-forward network parallel is no worse than sequential", (ffn, "sequential, ffn")),
+        better("At attention parallel is no worse than sequential", (heads, "sequential, attention")),
+        better("At 6 % the feed-forward network is the better site", (ffn, heads), strict=True),
+        better(
+            "At 0.3 % multi-head parallel and prefix beat the parallel adapter at attention",
+            ("multi-head parallel, 0.3 %", tiny),
+            ("prefix, 0.3 %", tiny),
+            strict=True,
+        ),
+        better("Scaled parallel is no worse than parallel", ("scaled parallel, ffn", ffn)),
+        better("MAM is no worse than the prefix and the parallel adapter alone", ("MAM", "prefix"), ("MAM", ffn)),
+        record.claim(
+            "MAM closes more than half of what lies between the prefix and full fine-tuning",
+            closed > 0.5,
+            f"{closed:.0%}",
+        ),
+    ]
+
+
+def figure(rows, path: Path) -> None:
+    """Bits a byte over parameters, one point a method."""
+    fig, axes = plt.subplots(figsize=(7.5, 4.5))
+    for i, row in enumerate(rows):
+        axes.errorbar(row["parameters"], row["mean"], row["std"], fmt="o", capsize=3)
+        at = (row["parameters"], row["mean"])
+        axes.annotate(row["method"], at, xytext=(6, 4 if i % 2 else -9), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", xlabel="parameters kept", ylabel="bits a byte, German test pages (mean ± std)")
+    axes.margins(x=0.25)
+    fig.tight_layout()
+    write_atomically(path, lambda p: fig.savefig(p, format="png", dpi=150))
+    plt.close(fig)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The design table of He et al. in small; see the file's first lines.")
+    parser.add_argument("--smoke", action="store_true", help="each part once, in small")
+    parser.add_argument("--out", type=Path, help="the JSON file to write, and beside it the figure")
+    args = parser.parse_args()
+    s = SMOKE if args.smoke else Setup()
+    out = args.out or (None if args.smoke else record.RESULTS / "unified-mam.json")
+    began = time.perf_counter()
+    (english, package), (german, german_package) = text_bytes("en"), text_bytes("de")
+    model = model_of(s)
+    params = pretrained(s, model, english["train"], keep=not args.smoke)
+    frozen = adapt(model.apply, chain(full(at="**/final_norm/scale")))
+    nothing = frozen.init(jax.random.key(0), params, jnp.zeros((1, s.context), jnp.int32))
+    base = {
+        language: scorer(frozen)(params, nothing, windows(part["test"], s.windows, s.context, 2))
+        for language, part in (("en", english), ("de", german))
+    }
+    print(
+        f"base: {base['en']:.3f} bits a byte on English, {base['de']:.3f} on German; {trees.count(params):,} parameters"
+    )
+    done = {name: measured(name, m, s, model, params, german) for name, m in methods(s).items()}
+    rows = [row for row, _ in done.values()]
+    claims = verdicts(rows)
+    for c in claims:
+        print(f"{c['verdict']:>14}: {c['claim']} ({c['evidence']})")
+    if out is not None:
+        result = {
+            "paper": "Towards a Unified View of Parameter-Efficient Transfer Learning, He et al., ICLR 2022",
+            "setup": dataclasses.asdict(s),
+            **record.provenance(),
+            "packages": [package, german_package],
+            "bytes": {"en": {k: len(v) for k, v in english.items()}, "de": {k: len(v) for k, v in german.items()}},
+            "base_bits_per_byte": base,
+            "claims": claims,
+            "rows": rows,
+            "details": {name: details for name, (_, details) in done.items()},
+            "seconds": time.perf_counter() - began,
+        }
+        record.write(out, result)
+        figure(rows, out.with_suffix(".png"))
+        print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
