@@ -36,7 +36,7 @@ import record
 HERE = Path(__file__).parent
 METHODS = ["head", "bitfit", "lora", "dora", "ia3", "pfeiffer", "parallel", "prefix_tuning", "prompt_tuning", "mam"]
 METHODS += ["lst", "full"]
-LOW = Config(per_class=20, steps=80, batch_size=16, max_length=64, schedule="linear", warmup=0.1)
+LOW = Config(per_class=20, steps=80, batch_size=16, max_length=64, warmup=0.1, validate_every=80)
 FULL = Config()
 GRID = (0.3, 1.0, 3.0)
 """Factors on each method's registered rate, the best of which on validation is taken; twice wider where the best is
