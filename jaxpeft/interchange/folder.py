@@ -1,7 +1,7 @@
 """`save_peft` and `load_peft`: a PEFT adapter folder, whole or not at all, and read strictly."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from jaxpeft.method import Delta, Method, Params, chain
 from jaxpeft.models.decoder import Decoder
 from jaxpeft.models.encoder import Encoder, SequenceClassifier
 from jaxpeft.models.encoder_decoder import EncoderDecoder
-from jaxpeft.models.folder import listed, near_name
 
 CONFIG, ARRAYS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _WRITERS = {
@@ -227,16 +226,5 @@ def _check_tensors(
         if name in shapes and not jnp.issubdtype(x.dtype, jnp.floating)
     ]
     if missing or left_over or misshapen:
-        raise InterchangeError(
-            f"{folder} does not hold the adapter of its {CONFIG} for this model."
-            + listed("missing", _hinted(missing, left_over))
-            + listed("left over", _hinted(left_over, missing))
-            + listed("wrong", misshapen),
-            missing=missing,
-            left_over=left_over,
-            misshapen=[line.partition(":")[0] for line in misshapen],
-        )
-
-
-def _hinted(names: Sequence[str], others: Sequence[str]) -> list[str]:
-    return [name + near_name(name, others) for name in names]
+        title = f"{folder} does not hold the adapter of its {CONFIG} for this model."
+        raise InterchangeError.of(title, missing, left_over, misshapen)

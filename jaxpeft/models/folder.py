@@ -9,7 +9,6 @@ each tensor, then the bytes).
 """
 
 import dataclasses
-import difflib
 import json
 import os
 import re
@@ -21,6 +20,8 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
+
+from jaxpeft.tensor_names import TensorNamesError, listed
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -44,22 +45,8 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
-class ModelFolderError(ValueError):
-    """A model folder that cannot be read or written as asked; the message names the cause and the remedy.
-
-    `missing`, `left_over` and `misshapen` hold the tensor names where the fault is one of names or shapes.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        missing: Sequence[str] = (),
-        left_over: Sequence[str] = (),
-        misshapen: Sequence[str] = (),
-    ) -> None:
-        super().__init__(message)
-        self.missing, self.left_over, self.misshapen = tuple(missing), tuple(left_over), tuple(misshapen)
+class ModelFolderError(TensorNamesError):
+    """A model folder that cannot be read or written as asked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,20 +129,6 @@ def read_tensors(
         with safe_open(file, framework="numpy") as stream:
             for name in wanted:
                 yield name, convert(name, stream.get_tensor(name))
-
-
-def near_name(name: str, names: Sequence[str]) -> str:
-    """' (near: ...)' where a similar name exists, else nothing."""
-    found = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    return f" (near: {found[0]})" if found else ""
-
-
-def listed(title: str, lines: Sequence[str], limit: int = 12) -> str:
-    """'title (n):' and the lines below each other, cut after `limit`."""
-    if not lines:
-        return ""
-    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
-    return f"\n{title} ({len(lines)}):" + "".join(f"\n  {line}" for line in [*lines[:limit], *more])
 
 
 def _read_sharded(folder: Path) -> dict[str, Entry]:

@@ -26,8 +26,6 @@ from jaxpeft.models.folder import (
     FLOATS,
     Entry,
     ModelFolderError,
-    listed,
-    near_name,
     read_config,
     read_index,
     read_tensors,
@@ -36,6 +34,7 @@ from jaxpeft.models.folder import (
 from jaxpeft.models.layers import stack_layers, unstack_layers
 from jaxpeft.models.names import TRANSFORMS, Row, stored_shape, to_hf, to_ours
 from jaxpeft.models.vit import ImageClassifier, VisionConfig, VisionTransformer
+from jaxpeft.tensor_names import near_name
 
 # model_type -> build(config dictionary, tensor names or None, overrides)
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
@@ -303,13 +302,4 @@ def _resolve(rows: Sequence[Row], name: str, prefix: str, expected: Mapping[str,
 
 def _raise_differences(title: str, missing: Sequence[str], left_over: Sequence[str], misshapen: Sequence[str]) -> None:
     if missing or left_over or misshapen:
-        raise ModelFolderError(
-            title
-            + "."
-            + listed("missing", [name + near_name(name, left_over) for name in missing])
-            + listed("left over", [name + near_name(name, missing) for name in left_over])
-            + listed("wrong", misshapen),
-            missing=missing,
-            left_over=left_over,
-            misshapen=misshapen,
-        )
+        raise ModelFolderError.of(title + ".", missing, left_over, misshapen)

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -112,6 +114,44 @@ def test_a_save_that_was_killed_halfway_leaves_the_previous_one(world, tmp_path)
     again = Checkpoints(tmp_path)
     assert again.latest() == 2
     assert int(again.restore(world.start()).step) == 2
+
+
+SAVING = """
+import dataclasses
+import sys
+import jax.numpy as jnp
+import optax
+from jaxpeft import train
+from jaxpeft.train.checkpoints import Checkpoints
+
+checkpoints = Checkpoints(sys.argv[1])
+state = train.create({f"w{i}": jnp.zeros(200_000) for i in range(8)}, optax.sgd(0.1))
+for step in range(1, 10_000):
+    learned = {name: x * 0 + step for name, x in state.learned.items()}
+    state = dataclasses.replace(state, step=state.step * 0 + step, learned=learned)
+    checkpoints.save(state, {"position": step})
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path):
+    """kill -9 at any moment, three times over: the newest checkpoint holds one step's values in every leaf."""
+    like = train.create({f"w{i}": np.zeros(200_000, np.float32) for i in range(8)}, optax.sgd(0.1))
+    for delay in (0.0, 0.021, 0.057):
+        command = [sys.executable, "-c", SAVING, tmp_path / str(delay)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            done = [int(process.stdout.readline()) for _ in range(2)]
+            time.sleep(delay)
+            os.kill(process.pid, signal.SIGKILL)
+            done += [int(line) for line in process.stdout.read().split()]
+        checkpoints = Checkpoints(tmp_path / str(delay))
+        state = checkpoints.restore(like)
+        assert int(state.step) >= done[-1], "what was reported as saved is there"
+        assert checkpoints.meta()["position"] == int(state.step)
+        for name, x in state.learned.items():
+            np.testing.assert_array_equal(x, float(state.step), err_msg=name)
+        checkpoints.close()
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(world, tmp_path, monkeypatch):
