@@ -35,19 +35,21 @@ def experiments_page(found: dict[str, dict[str, Any]]) -> str:
             lines += [f"| {c['claim']} | {c['verdict']} | {c.get('evidence', '')} |" for c in r["claims"]]
             lines.append("")
         if "rows" in r:
-            columns = list(r["rows"][0])
+            columns = [c for c, x in r["rows"][0].items() if not isinstance(x, list)]  # per-seed numbers: in the file
             lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
             lines += ["| " + " | ".join(_text(row.get(c)) for c in columns) + " |" for row in r["rows"]]
             lines.append("")
-        if slug.startswith("bench_"):
-            lines += bench_lines(r) + [""]
+        if bench := bench_lines(r):
+            lines += [*bench, ""]
         if (HERE / "results" / f"{slug}.png").exists():
             lines += [f"![{slug}](results/{slug}.png)", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def bench_lines(r: dict[str, Any]) -> list[str]:
-    """The ratios of a benchmark: median and all runs."""
+    """The ratios of a benchmark: median and all runs; none where there are no ratios."""
+    if not any(isinstance(v, dict) and "median" in v for v in r.values()):
+        return []
     lines = ["| ratio | median | runs | goal |", "|---|---|---|---|"]
     for key, value in r.items():
         if isinstance(value, dict) and "median" in value:
@@ -63,8 +65,7 @@ def methods_block() -> str:
     """The README's table of methods: what the registry knows, and what `compare` measured."""
     from jaxpeft.method import METHODS
 
-    path = HERE / "adapt" / "r8" / "results.json"
-    measured = {r["method"]: r for r in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    measured = {r["method"]: r for r in results().get("r8", {}).get("rows", ())}
     lines = [
         "| method | paper | mechanism | merges | R8, low data: test accuracy | trained |",
         "|---|---|---|---|---|---|",

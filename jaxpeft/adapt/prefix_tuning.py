@@ -28,7 +28,7 @@ __all__ = ["fold", "prefix_tuning"]
 
 
 @register(
-    family="adapt", paper="Li and Liang, ACL 2021", mechanism="hooks", mergeable=False, exact_start=False, rate=5e-3
+    family="adapt", paper="Li and Liang, ACL 2021", mechanism="hooks", mergeable=False, exact_start=False, rate=1.5e-3
 )
 def prefix_tuning(
     length: int = 16, mlp: int = 800, *, at: trees.Pattern = f"{ATTENTION}/core", name: str = "prefix_tuning"

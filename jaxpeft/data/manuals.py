@@ -9,8 +9,8 @@ carries the version, comes along.
 """
 
 import gzip
+import lzma
 import re
-import shutil
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -75,9 +75,9 @@ def _fill(folder: Path, name: str, package: str) -> None:
                 text = plain_text(gzip.decompress(source.read()).decode("utf-8", "replace"))
                 if text:  # a page that only points to another has none
                     (folder / f"{path.stem}.txt").write_text(text)
-    except (OSError, ValueError, EOFError, tarfile.TarError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise AssetError(f"{archive} is not a whole Debian package: {error}") from error
+    except (OSError, ValueError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+        archive.unlink()  # so that the next call fetches it anew
+        raise AssetError(f"{archive} is not a whole Debian package: {error}; it was thrown away") from error
     (folder / "package").write_text(archive.name)
 
 

@@ -53,28 +53,29 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def methods_table(counts: Mapping[str, int]) -> Any:
-    """One row a registered method."""
-    columns = ("method", "family", "paper", "mechanism", "merges", "starts as base", "trained parameters")
+    """One row a registered method, by family; fits 80 columns.
+
+    `kind` is the mechanism; `same` tells whether the adapted model starts as its base.
+    """
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for i, column in enumerate(("method", "paper", "kind", "merges", "same", "parameters")):
+        table.add_column(column, justify="left" if i < 3 else "right", no_wrap=True)
 
     def trained(name: str) -> str:
         n = counts.get(name)
         return "-" if n is None else "does not fit" if n < 0 else f"{n:,}"
 
-    return table_of(
-        columns,
-        [
-            (
-                n,
-                e.family,
-                e.paper,
-                e.mechanism,
-                "yes" if e.mergeable else "no",
-                "yes" if e.exact_start else "no",
-                trained(n),
-            )
-            for n, e in sorted(METHODS.items())
-        ],
-    )
+    yes = lambda x: "yes" if x else "no"
+    for family in sorted({e.family for e in METHODS.values()}):
+        table.add_section()
+        table.add_row(f"[bold]{family}[/bold]")
+        for n, e in sorted(METHODS.items()):
+            if e.family == family:
+                table.add_row(n, e.paper, e.mechanism, yes(e.mergeable), yes(e.exact_start), trained(n))
+    return table
 
 
 def save_curve(folder: Path, target: Path) -> None:

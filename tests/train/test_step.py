@@ -177,3 +177,14 @@ def test_half_precision_compute_keeps_the_delta_in_float32(parts):
     )
     assert {x.dtype for x in jax.tree.leaves(state.learned)} == {jnp.dtype("float32")}
     assert np.isfinite(numbers["loss"])
+
+
+def test_a_language_models_loss_is_the_mean_over_each_rows_real_next_tokens():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 5)), jnp.float32)  # two virtual tokens in front
+    ids = np.array([[1, 2, 3, 4, 0], [4, 3, 1, 0, 0]], np.int32)
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], np.int32)
+    batch = data.TextBatch(ids, mask, np.zeros(2, np.int32), np.ones(2, np.float32), np.arange(2, dtype=np.int32))
+    got = train.language_modelling().loss(logits, batch)
+    log_p = np.asarray(jax.nn.log_softmax(logits[:, 2:]))
+    want = [-np.mean([log_p[b, t, ids[b, t + 1]] for t in range(n - 1)]) for b, n in enumerate((5, 3))]
+    np.testing.assert_allclose(got, want, rtol=1e-5)

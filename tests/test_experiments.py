@@ -1,0 +1,32 @@
+"""Every experiment runs from start to end at its smallest; what needs torch is in the parity group."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+TORCH = {"bench/finetune.py"}
+SCRIPTS = sorted(
+    str(p.relative_to(EXPERIMENTS)) for p in EXPERIMENTS.glob("*/*.py") if "--smoke" in p.read_text(encoding="utf-8")
+)
+
+
+def test_every_script_has_a_smoke_run():
+    assert SCRIPTS == sorted(str(p.relative_to(EXPERIMENTS)) for p in EXPERIMENTS.glob("*/*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.parity if s in TORCH else ()) for s in SCRIPTS])
+def test_a_smoke_run_ends_well_and_writes_no_result(script):
+    before = {p: p.stat().st_mtime_ns for p in EXPERIMENTS.rglob("*") if p.suffix in (".json", ".png", ".md")}
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as a user has
+    out = subprocess.run(
+        [sys.executable, EXPERIMENTS / script, "--smoke"], capture_output=True, text=True, env=env, check=False
+    )
+    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
+    after = {p: p.stat().st_mtime_ns for p in EXPERIMENTS.rglob("*") if p.suffix in (".json", ".png", ".md")}
+    assert after == before
