@@ -90,6 +90,19 @@ def costs_block(found: dict[str, dict[str, Any]]) -> str:
     )
 
 
+def memory_block(found: dict[str, dict[str, Any]]) -> str:
+    """The README's table of temporaries and operations."""
+    r = found.get("bench_memory")
+    if not r:
+        return "Not measured yet: `experiments/bench/memory.py`."
+    full = next(row for row in r["rows"] if row["method"] == "full")
+    lines = ["| method | temporaries | recomputed | scanned | both | operations |", "|---|---|---|---|---|---|"]
+    for row in r["rows"]:
+        sizes = " | ".join(f"{row[k]:.0f} MiB" for k in ("plain", "remat", "scan", "scan and remat"))
+        lines.append(f"| `{row['method']}` | {sizes} | {row['gflop'] / full['gflop']:.2f} |")
+    return "\n".join(lines)
+
+
 def with_block(text: str, name: str, block: str) -> str:
     """`text` with what stands between `<!-- name -->` and `<!-- /name -->` exchanged."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -111,7 +124,8 @@ def pages() -> dict[Path, str]:
     found = results()
     readme = ROOT / "README.md"
     text = with_block(readme.read_text(), "methods", methods_block())
-    return {HERE / "README.md": experiments_page(found), readme: with_block(text, "costs", costs_block(found))}
+    text = with_block(text, "costs", costs_block(found))
+    return {HERE / "README.md": experiments_page(found), readme: with_block(text, "memory", memory_block(found))}
 
 
 def main() -> int:

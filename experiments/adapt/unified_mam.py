@@ -24,7 +24,6 @@ In the paper most of these differences are small; only the last is claimed to ho
 import argparse
 import dataclasses
 import hashlib
-import json
 import statistics
 import sys
 import time
@@ -35,7 +34,6 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from safetensors.numpy import load_file, save_file
 
 from jaxpeft import adapt, chain, data, full, lora, mam, prefix_tuning, train, trees
 from jaxpeft.adapt.adapters import scaled_parallel
@@ -45,6 +43,7 @@ from jaxpeft.models import Decoder, DecoderConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import record
+from pretraining import kept
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -180,24 +179,19 @@ def scorer(adapted, rows: int = 64):
 
 def pretrained(s: Setup, model, stream, keep: bool):
     """The base's parameters, trained once on English."""
-    what = {k: v for k, v in dataclasses.asdict(s).items() if k in ("width", "layers", "heads", "context")}
-    what |= {k: v for k, v in dataclasses.asdict(s).items() if k.startswith("pretraining")}
-    code = hashlib.sha256(json.dumps(what, sort_keys=True).encode() + stream.tobytes()).hexdigest()[:12]
-    path = data.cache_dir() / "experiments" / f"bytes-manual-pages-{code}.safetensors"
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, s.context), jnp.int32))
-    if keep and path.exists():
-        return trees.replace_leaves(params, {p: jnp.asarray(x) for p, x in load_file(path).items()})
-    adapted = adapt(model.apply, full())
-    rows = s.pretraining_steps * s.pretraining_batch
-    ids = windows(stream, rows, s.context, 0).reshape(s.pretraining_steps, s.pretraining_batch, s.context)
-    delta, bad = trainer(adapted, s.pretraining_steps)(params, s.pretraining_rate, 0, ids)
-    assert int(bad) < 0, f"pretraining diverged at step {int(bad)}"
-    params = adapted.merge(params, delta)
-    if keep:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        flat = {p: np.asarray(x, order="C") for p, x in trees.by_path(params).items()}
-        write_atomically(path, lambda p: save_file(flat, p))
-    return params
+
+    def run(params):
+        adapted, rows = adapt(model.apply, full()), s.pretraining_steps * s.pretraining_batch
+        ids = windows(stream, rows, s.context, 0).reshape(s.pretraining_steps, s.pretraining_batch, s.context)
+        delta, bad = trainer(adapted, s.pretraining_steps)(params, s.pretraining_rate, 0, ids)
+        assert int(bad) < 0, f"pretraining diverged at step {int(bad)}"
+        return adapted.merge(params, delta)
+
+    sizes = ("width", "layers", "heads", "context")
+    what = {k: v for k, v in dataclasses.asdict(s).items() if k in sizes or k.startswith("pretraining")}
+    what["text"] = hashlib.sha256(stream.tobytes()).hexdigest()
+    start = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, s.context), jnp.int32))
+    return kept("bytes-manual-pages", what, start, run, keep)
 
 
 def parameters_in_use(method_name: str, delta) -> int:

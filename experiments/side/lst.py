@@ -26,8 +26,6 @@ Pruning ranks by |W|, the card's choice where the task's head is new, not by squ
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import statistics
 import sys
 import time
@@ -38,7 +36,6 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from safetensors.numpy import load_file, save_file
 
 from jaxpeft import Method, adapt, bitfit, chain, data, full, head, houlsby, lora, train, trees
 from jaxpeft.adapt.ladder import lst
@@ -47,6 +44,7 @@ from jaxpeft.models import ImageClassifier, VisionConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import record
+from pretraining import kept
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -159,32 +157,19 @@ def fitted(adapted, params, part, setup, *, steps, batch, programs):
 
 def pretrained(setup: Setup, model, keep: bool):
     """The backbone's weights, trained once; and their validation accuracy."""
-    what = {k: v for k, v in dataclasses.asdict(setup).items() if k in BACKBONE or k.startswith("pretraining")}
-    code = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-    path = data.cache_dir() / "experiments" / f"vit-fashion-mnist-{code}.safetensors"
     parts = splits("fashion-mnist", setup)
-    params = jax.jit(model.init)(jax.random.key(0), parts["train"][0][:1])
-    if not (keep and path.exists()):
+
+    def run(params):
         began, adapted = time.perf_counter(), adapt(model.apply, full())
-        run = fitted(
-            adapted,
-            params,
-            parts["train"],
-            setup,
-            steps=setup.pretraining_steps,
-            batch=setup.pretraining_batch,
-            programs=[],
-        )
-        params = adapted.merge(params, run(setup.pretraining_rate, 0))
+        sizes = {"steps": setup.pretraining_steps, "batch": setup.pretraining_batch}
+        delta = fitted(adapted, params, parts["train"], setup, **sizes, programs=[])(setup.pretraining_rate, 0)
         print(f"pretrained in {time.perf_counter() - began:.0f} s", flush=True)
-        if keep:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            flat = {p: np.asarray(x, order="C") for p, x in trees.by_path(params).items()}
-            write_atomically(path, lambda p: save_file(flat, p))
-    else:
-        params = trees.replace_leaves(params, {p: jnp.asarray(x) for p, x in load_file(path).items()})
-    scores = evaluated(adapt(model.apply, head()), model, params)(None, parts["validation"])
-    return params, scores
+        return adapted.merge(params, delta)
+
+    what = {k: v for k, v in dataclasses.asdict(setup).items() if k in BACKBONE or k.startswith("pretraining")}
+    start = jax.jit(model.init)(jax.random.key(0), parts["train"][0][:1])
+    params = kept("vit-fashion-mnist", what, start, run, keep)
+    return params, evaluated(adapt(model.apply, head()), model, params)(None, parts["validation"])
 
 
 def evaluated(adapted, model, params):

@@ -62,9 +62,9 @@ class Config:
       warmup: share of the steps in which the rate rises.
       weight_decay: AdamW's, on the delta.
       clip: norm to which gradients are clipped; 0 for none.
-      accumulate: parts that a batch is computed in, one after another; 0 for parts of 4 rows on a CPU (whose caches
-        they fit, and whose allocator then reuses one small block instead of mapping a large one anew at each step), else
-        for the whole at once. The gradient is that of the whole batch either way.
+      accumulate: parts that a batch is computed in, one after another; 0 for parts of 4 rows on a CPU (less memory to map
+        anew at each step, and more of it in the caches), else for the whole at once. The gradient is that of the whole
+        batch either way.
       max_length: tokens kept of a text.
       pooling: what a text classifier reads: the mean of the tokens, the first token, or BERT's pooler.
       per_class: training examples per class; 0 for all.
