@@ -18,7 +18,7 @@ def results() -> dict[str, dict[str, Any]]:
 
 
 def experiments_page(found: dict[str, dict[str, Any]]) -> str:
-    """One section an experiment: its claim, its verdict, its numbers."""
+    """One section an experiment: its claim, its verdict, its numbers, and what `notes/<slug>.md` makes of them."""
     lines = [
         "# Experiments",
         "",
@@ -39,6 +39,8 @@ def experiments_page(found: dict[str, dict[str, Any]]) -> str:
             lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
             lines += ["| " + " | ".join(_text(row.get(c)) for c in columns) + " |" for row in r["rows"]]
             lines.append("")
+        if (note := HERE / "notes" / f"{slug}.md").exists():
+            lines += [note.read_text().strip(), ""]
         if bench := bench_lines(r):
             lines += [*bench, ""]
         if (HERE / "results" / f"{slug}.png").exists():

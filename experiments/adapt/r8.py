@@ -1,6 +1,6 @@
 """All methods of the main job on Reuters R8 with few examples, and three of them with all of them.
 
-    python experiments/adapt/r8.py --tune        learning rates, on the validation split: writes r8/rates.json
+    python experiments/adapt/r8.py --tune        learning rates, on the validation split: writes r8_rates.json
     python experiments/adapt/r8.py               12 methods x 3 seeds, 20 examples a class
     python experiments/adapt/r8.py --full        head, LoRA and full fine-tuning once each on all of R8
     python experiments/adapt/r8.py --smoke       each part at its smallest, seconds to minutes; writes nothing here
@@ -112,8 +112,9 @@ def verdict_full(rows):
     ]
 
 
-def run(config, specs, seeds, folder, slug, verdicts, **more):
-    """The comparison, its folder of table and figure, and its results file."""
+def run(config, specs, seeds, slug, verdicts, **more):
+    """The comparison and its results file; finished runs are kept in `runs/`, so that a cut one goes on."""
+    folder = HERE / "runs" / slug
     print(compare(config, specs, seeds, folder, progress=show))
     held = json.loads((folder / "results.json").read_text())
     claims = verdicts(held["rows"])
@@ -130,7 +131,7 @@ def main():
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     environment()
-    rates = HERE / "r8" / "rates.json"
+    rates = HERE / "r8_rates.json"
     if arguments.smoke:
         with tempfile.TemporaryDirectory() as folder:
             small = dataclasses.replace(LOW, per_class=2, steps=2, max_length=16)
@@ -139,11 +140,11 @@ def main():
     elif arguments.tune:
         tune(rates, METHODS, LOW)
     elif arguments.full:
-        run(FULL, ["head", "lora", "full"], [0], HERE / "r8_full", "r8_full", verdict_full)
+        run(FULL, ["head", "lora", "full"], [0], "r8_full", verdict_full)
     else:
         chosen = json.loads(rates.read_text())
         specs = [f"{m}:rate={chosen[m]['rate']:g}" for m in METHODS]
-        run(LOW, specs, range(3), HERE / "r8", "r8", verdict, rates=chosen)
+        run(LOW, specs, range(3), "r8", verdict, rates=chosen)
 
 
 if __name__ == "__main__":
