@@ -7,7 +7,8 @@
     python experiments/adapt/r8.py --smoke       each part at its smallest, seconds to minutes; writes nothing here
 
 About 20, 25, 5 and 15 minutes on two cores. The model is all-MiniLM-L6-v2, the test split R8's standard one. Few examples:
-20 of each class (fewer where a class has fewer), cut at 64 tokens, 80 updates of 16. All: one epoch at 128 tokens. Seeds draw the subsample too, so spreads contain it.
+20 of each class (fewer where a class has fewer), cut at 64 tokens, 80 updates of 16. All: one epoch at 128
+tokens. Seeds draw the subsample too, so spreads contain it.
 
 Stated before running. With few examples:
   1. every method that changes the network is better in the mean than the linear probe (`head`), LST among them;
