@@ -1,11 +1,12 @@
 """The unified view and the MAM adapter (He et al., ICLR 2022) in small: which design of an adapter is worth its parameters.
 
-    python experiments/adapt/unified_mam.py            all of it: about 30 minutes on two quiet cores
+    python experiments/adapt/unified_mam.py            all of it: 48 minutes on one core
     python experiments/adapt/unified_mam.py --smoke    every part once in small; writes nothing unless --out is given
 
 A byte-level causal transformer (4 layers, width 96) is trained once on English manual pages and kept in the cache. It is
 then adapted, frozen, to German ones. The measure is bits a byte on held-out German pages. All designs are points of
-`jaxpeft.adapt.unified`'s table with the paper's initialisations; "6 %" and "0.3 %" are shares of the model's parameters
+`jaxpeft.adapt.unified`'s table with the paper's initialisations; "6 %" and "0.3 %" are nominal shares of the model's
+parameters; the rows say the exact ones, norms included: 0.3 to 0.6 %
 (the prefix counts its tables, not the network that makes them in training). For each method one rate out of one grid,
 and for scaled ones the scale out of 1, 2, 4, by the validation pages of one seed that is not measured; then five seeds,
 each with its own data order and initialisation, the same for all methods, and one look at the test pages.
