@@ -1,0 +1,126 @@
+"""Compiling for TPU pods and GPUs on a machine that has neither: the platforms' own compilers need no device.
+
+What they refuse would be refused there, and their memory counts are the real ones; nothing runs. Install with
+`pip install "jaxpeft[aot]"` (libtpu and the CUDA plugin, no driver needed).
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxpeft import trees
+
+__all__ = ["TARGETS", "AotError", "Target", "compile_for", "device_mesh"]
+
+
+class AotError(ValueError):
+    """A target that cannot be compiled for, and why."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of device: peaks as its maker states them.
+
+    Attributes:
+      name: "v5e", "h100", ...
+      platform: "tpu" or "cuda".
+      topology: of the smallest slice, as the compiler names it.
+      flops: bf16 operations per second of one device.
+      bandwidth: bytes per second to its memory.
+      memory: bytes of it.
+    """
+
+    name: str
+    platform: str
+    topology: str
+    flops: float
+    bandwidth: float
+    memory: int
+
+
+# TPU: one device of the topology, as `pltpu.get_tpu_info` tells them (of v4 and v5p both cores make one device). Usable
+# memory is what the compilers allow.
+TARGETS = {
+    t.name: t
+    for t in (
+        Target("v4", "tpu", "2x2x1", 275e12, 1.23e12, 32 * 10**9),
+        Target("v5e", "tpu", "2x2", 197e12, 0.82e12, int(15.75 * 2**30)),
+        Target("v5p", "tpu", "2x2x1", 459e12, 2.46e12, 95 * 2**30),
+        Target("v6e", "tpu", "2x2", 920e12, 1.64e12, int(31.25 * 2**30)),
+        Target("h100", "cuda", "1x1x1", 989e12, 3.35e12, 80 * 10**9),
+    )
+}
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@functools.cache
+def devices(kind: str, topology: str) -> tuple[Any, ...]:
+    """The devices of a slice that is not there: `devices("v5e", "16x16")`, `devices("h100", "1x1x8")`.
+
+    Raises:
+      AotError: an unknown kind, a topology that the compiler does not know, or a compiler that is not installed.
+    """
+    if kind not in TARGETS:
+        raise AotError(f"{kind!r} is not known{trees.near(kind, TARGETS)}; there are: {', '.join(TARGETS)}")
+    target = TARGETS[kind]
+    try:
+        if target.platform == "tpu":
+            # Without these libtpu looks for a TPU host's metadata and waits.
+            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+            os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+            os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+            return tuple(topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{topology}").devices)
+        found = topologies.get_topology_desc(kind, "cuda", target_config=H100, topology=topology)
+        return tuple(found.devices)
+    except Exception as error:
+        raise AotError(
+            f"cannot compile for {kind} {topology}: {str(error).splitlines()[0]}. The compilers come with the extra "
+            "`aot`; topologies are written 2x2 (v5e, v6e), 2x2x1 (v4, v5p), slices x hosts x devices (h100)"
+        ) from error
+
+
+def device_mesh(kind: str, shape: Sequence[int] = (1,), axes: Sequence[str] = ("data",), topology: str = "") -> Mesh:
+    """A mesh of devices that are not there: `device_mesh("v5e", (4, 4), ("data", "model"), "4x4")`."""
+    found = devices(kind, topology or TARGETS[kind].topology if kind in TARGETS else topology)
+    import numpy as np
+
+    count = int(np.prod(shape))
+    if len(found) < count:
+        raise AotError(f"{kind} {topology} has {len(found)} devices; a mesh of {tuple(shape)} needs {count}")
+    if count == len(found) and count > 1 and TARGETS[kind].platform == "tpu":
+        return topologies.make_mesh(_Topology(found), tuple(shape), tuple(axes))
+    return Mesh(np.array(found[:count]).reshape(shape), tuple(axes))
+
+
+@dataclass(frozen=True)
+class _Topology:
+    devices: Sequence[Any]
+
+
+def compile_for(kind: str, function: Callable[..., Any], *shapes: Any, **options: Any) -> Any:
+    """`function` compiled for one device of `kind`; `shapes` are pytrees of arrays or `ShapeDtypeStruct`.
+
+    Returns:
+      The compiled program: `memory_analysis()`, `cost_analysis()`, `as_text()`.
+    """
+    whole = NamedSharding(device_mesh(kind), PartitionSpec())
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+    return jax.jit(function, **options).lower(*placed).compile()

@@ -1,0 +1,105 @@
+"""Where a kernel runs: the choice of backend, block arithmetic and compiler parameters, for all kernels in one place.
+
+The GPU kernels are Triton's. Pallas will drop that in favour of Mosaic (Hopper and newer); `gpu_params` is the only place
+that says which.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton as pltriton
+
+Backend = Literal["auto", "xla", "tpu", "gpu"]
+BACKENDS = ("auto", "xla", "tpu", "gpu")
+
+VMEM_BYTES = 16 * 2**20  # what a kernel may use on every TPU generation without asking for more
+LANES = 128
+
+
+class KernelError(ValueError):
+    """A call that a kernel cannot run, with the value and the remedy."""
+
+
+def on_platform(backend: Backend, xla: Callable[..., Any], kernel: Callable[..., Any], *operands: Any) -> Any:
+    """Runs `xla(*operands)` or `kernel(*operands, platform="tpu" | "gpu", interpret=bool)`.
+
+    Args:
+      backend: see the package. With "auto" the choice is made when the program is lowered.
+      xla: plain JAX.
+      kernel: the same function by Pallas.
+      operands: arrays.
+
+    Raises:
+      KernelError: an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise KernelError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    if backend == "xla":
+        return xla(*operands)
+    on = functools.partial(functools.partial, kernel)
+    if backend == "auto":
+        return lax.platform_dependent(
+            *operands, tpu=on(platform="tpu", interpret=False), cuda=on(platform="gpu", interpret=False), default=xla
+        )
+    real = {"tpu": "tpu", "gpu": "cuda"}[backend]
+    return lax.platform_dependent(
+        *operands,
+        **{real: on(platform=backend, interpret=False)},
+        default=on(platform=backend, interpret=True),
+    )
+
+
+def tpu_params(*semantics: Literal["parallel", "arbitrary"], vmem_bytes: int | None = None) -> Any:
+    """What the Mosaic compiler is told: which grid axes may be split between cores, and how much VMEM is used."""
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem_bytes)
+
+
+def gpu_params(warps: int = 4, stages: int = 3) -> Any:
+    return pltriton.CompilerParams(num_warps=warps, num_stages=stages)
+
+
+def wide(dtype: Any) -> Any:
+    """What sums are kept in: float64 for float64, else float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def sublanes(dtype: Any) -> int:
+    """Rows of a TPU tile: 8 of 32 bits, 16 of 16, 32 of 8."""
+    return 8 * max(1, 4 // jnp.dtype(dtype).itemsize)
+
+
+def cut(size: int, want: int, unit: int) -> int:
+    """A block length for an axis of `size`: the whole axis, or the largest multiple of `unit` up to `want`."""
+    return size if size <= want else max(unit, want // unit * unit)
+
+
+def power_of_two(size: int, low: int, high: int) -> int:
+    """The power of two next over `size`, within `low` and `high`: Triton's blocks."""
+    return max(low, min(high, pl.next_power_of_2(size)))
+
+
+def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0), precision: Any = None) -> jax.Array:
+    """`x y` over one axis of each, summed wide."""
+    numbers = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(x, y, numbers, precision=precision, preferred_element_type=wide(x.dtype))
+
+
+def same_variance(*operands: jax.Array) -> tuple[jax.Array, ...]:
+    """The operands, varying over the same axes of a surrounding `shard_map`: a kernel mixes them all."""
+    axes = frozenset().union(*map(_varying, operands))
+    return tuple(lax.pcast(x, tuple(sorted(axes - _varying(x))), to="varying") for x in operands)
+
+
+def out_like(shape: tuple[int, ...], dtype: Any, operand: jax.Array) -> jax.ShapeDtypeStruct:
+    """A kernel's result, varying over the axes that its operands vary over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(operand).manual_axis_type)
+
+
+def _varying(x: jax.Array) -> frozenset[Any]:
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
