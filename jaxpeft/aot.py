@@ -5,18 +5,20 @@ What they refuse would be refused there, and their memory counts are the real on
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft import trees
 
-__all__ = ["TARGETS", "AotError", "Target", "compile_for", "device_mesh"]
+__all__ = ["TARGETS", "AotError", "Target", "compile_for", "device_mesh", "topology"]
 
 
 class AotError(ValueError):
@@ -72,47 +74,46 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 @functools.cache
-def devices(kind: str, topology: str) -> tuple[Any, ...]:
-    """The devices of a slice that is not there: `devices("v5e", "16x16")`, `devices("h100", "1x1x8")`.
+def topology(kind: str, shape: str = "") -> topologies.TopologyDescription:
+    """A slice that is not there: `topology("v5e", "16x16")`, `topology("h100", "1x1x8")`; the smallest by default.
 
     Raises:
-      AotError: an unknown kind, a topology that the compiler does not know, or a compiler that is not installed.
+      AotError: an unknown kind, a shape that the compiler does not know, or a compiler that is not installed.
     """
     if kind not in TARGETS:
         raise AotError(f"{kind!r} is not known{trees.near(kind, TARGETS)}; there are: {', '.join(TARGETS)}")
     target = TARGETS[kind]
+    shape = shape or target.topology
     try:
         if target.platform == "tpu":
             # Without these libtpu looks for a TPU host's metadata and waits.
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
             os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
             os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-            return tuple(topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{topology}").devices)
-        found = topologies.get_topology_desc(kind, "cuda", target_config=H100, topology=topology)
-        return tuple(found.devices)
+            # A chip serves one process; here is no chip, and several may compile at once.
+            os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+            return topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}")
+        return topologies.get_topology_desc(kind, "cuda", target_config=H100, topology=shape)
     except Exception as error:
         raise AotError(
-            f"cannot compile for {kind} {topology}: {str(error).splitlines()[0]}. The compilers come with the extra "
-            "`aot`; topologies are written 2x2 (v5e, v6e), 2x2x1 (v4, v5p), slices x hosts x devices (h100)"
+            f"cannot compile for {kind} {shape}: {str(error).splitlines()[0]}. The compilers come with the extra "
+            "`aot`; shapes are written 2x2 (v5e, v6e), 2x2x1 (v4, v5p), slices x hosts x devices (h100)"
         ) from error
 
 
-def device_mesh(kind: str, shape: Sequence[int] = (1,), axes: Sequence[str] = ("data",), topology: str = "") -> Mesh:
-    """A mesh of devices that are not there: `device_mesh("v5e", (4, 4), ("data", "model"), "4x4")`."""
-    found = devices(kind, topology or TARGETS[kind].topology if kind in TARGETS else topology)
-    import numpy as np
+def device_mesh(kind: str, shape: Sequence[int] = (1,), axes: Sequence[str] = ("data",), slice_shape: str = "") -> Mesh:
+    """A mesh of devices that are not there: `device_mesh("v5e", (4, 4), ("data", "model"), "4x4")`.
 
-    count = int(np.prod(shape))
-    if len(found) < count:
-        raise AotError(f"{kind} {topology} has {len(found)} devices; a mesh of {tuple(shape)} needs {count}")
-    if count == len(found) and count > 1 and TARGETS[kind].platform == "tpu":
-        return topologies.make_mesh(_Topology(found), tuple(shape), tuple(axes))
-    return Mesh(np.array(found[:count]).reshape(shape), tuple(axes))
-
-
-@dataclass(frozen=True)
-class _Topology:
-    devices: Sequence[Any]
+    Raises:
+      AotError: as `topology`, and for a mesh of more devices than the slice has.
+    """
+    found = topology(kind, slice_shape)
+    count = math.prod(shape)
+    if count > len(found.devices):
+        raise AotError(f"{kind} {slice_shape} has {len(found.devices)} devices; a mesh of {tuple(shape)} needs {count}")
+    if count == len(found.devices):
+        return topologies.make_mesh(found, tuple(shape), tuple(axes))
+    return Mesh(np.array(found.devices[:count]).reshape(shape), tuple(axes))
 
 
 def compile_for(kind: str, function: Callable[..., Any], *shapes: Any, **options: Any) -> Any:

@@ -24,10 +24,10 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, ArrayLike, Float, Key, UInt32
 
 from jaxpeft.kernels import random_bits
+from jaxpeft.kernels.blocks import gpu_load, gpu_store, zero_beyond
 from jaxpeft.kernels.platforms import (
     LANES,
     VMEM_BYTES,
@@ -154,12 +154,14 @@ def low_rank_matmul(
     rows = x.reshape(-1, k)
     if not rows.size:
         return jnp.zeros((*lead, n), x.dtype)
-    rate = dropout if key is not None else 0.0
+    rate, drop = 0.0, jnp.zeros(2, jnp.uint32)
+    if key is not None and dropout:
+        rate, drop = dropout, random_bits.words(key)
     scaled = b.astype(wide(b.dtype)) * (jnp.asarray(scale, wide(b.dtype)) / (1.0 - rate))
     plan = _Plan(rate, backend, blocks, precision, vmem_bytes)
-    drop = random_bits.words(key) if rate else jnp.zeros(2, jnp.uint32)
     operands = same_variance(rows, w.astype(x.dtype), a.astype(x.dtype), scaled.astype(x.dtype), drop.reshape(1, 2))
-    return _low_rank_matmul(plan, *operands).reshape(*lead, n)
+    y: Any = _low_rank_matmul(plan, *operands)
+    return y.reshape(*lead, n)
 
 
 def _check(x: Array, w: Array, a: Array, b: Array, dropout: float, key: Any) -> None:
@@ -362,45 +364,44 @@ def _tpu_kernel(
     with_h: bool,
     many: bool,
 ) -> None:
-    h_ref, h_sum, *y_sum = rest if with_h else (None, *rest)
+    refs: tuple[Any, ...] = rest if with_h else (None, *rest)
+    h_ref, h_sum, *y_sum = refs
     i, j, l = (pl.program_id(axis) for axis in range(3))
     first_columns = j == 0
     axis = 1 if across else 0  # of the weights, that is contracted
-    inside = _tail(k, blocks.k, l)
-    x = inside(x_ref[...], 1)
-    partial = dot(x, inside(w_ref[...], axis), (1, axis), plan.precision)
+    inside = zero_beyond(k, blocks.k, l)
 
-    def sum_into(ref: Any, value: Array) -> None:
-        if not many:
-            ref[...] = value
-            return
+    # Sums start at zero in a part of their own, so that adding to them shares its instructions with the products.
+    if many:
 
         @pl.when(l == 0)
         def _():
-            ref[...] = value
+            y_sum[0][...] = jnp.zeros_like(y_sum[0])
 
-        @pl.when(l > 0)
-        def _():
-            ref[...] += value
+    @pl.when(first_columns & (l == 0))
+    def _():
+        h_sum[...] = jnp.zeros_like(h_sum)
 
     @pl.when(first_columns)
     def _():
-        seen = x
+        seen = inside(x_ref[...], 1)
         if plan.rate and not across:
-            seen = jnp.where(_kept(plan, drop_ref, i * blocks.m, l * blocks.k, x.shape, k), x, jnp.zeros((), x.dtype))
-        sum_into(h_sum, dot(seen, inside(into_ref[...], axis), (1, axis), plan.precision))
+            kept = _kept(plan, drop_ref, i * blocks.m, l * blocks.k, seen.shape, k)
+            seen = jnp.where(kept, seen, jnp.zeros((), seen.dtype))
+        h_sum[...] += dot(seen, inside(into_ref[...], axis), (1, axis), plan.precision)
 
+    product = dot(inside(x_ref[...], 1), inside(w_ref[...], axis), (1, axis), plan.precision)
     if many:
-        sum_into(y_sum[0], partial)
+        y_sum[0][...] += product
 
     def finish() -> None:
-        h = h_sum[...].astype(x.dtype)
+        h = h_sum[...].astype(x_ref.dtype)
         low = dot(h, out_ref[...], (1, axis), plan.precision)
         if plan.rate and across:
             low = jnp.where(
                 _kept(plan, drop_ref, i * blocks.m, j * blocks.n, low.shape, n), low, jnp.zeros((), low.dtype)
             )
-        y_ref[...] = ((y_sum[0][...] if many else partial) + low).astype(y_ref.dtype)
+        y_ref[...] = ((y_sum[0][...] if many else product) + low).astype(y_ref.dtype)
         if h_ref is not None:
 
             @pl.when(first_columns)
@@ -411,18 +412,6 @@ def _tpu_kernel(
         pl.when(l == pl.num_programs(2) - 1)(finish)
     else:
         finish()
-
-
-def _tail(size: int, block: int, index: Any) -> Any:
-    """`(array, axis) -> array` with what lies beyond the contracted axis' end zeroed; nothing where blocks fit."""
-    if not size % block:
-        return lambda x, axis: x
-
-    def inside(x: Array, axis: int) -> Array:
-        at = index * block + lax.broadcasted_iota(jnp.int32, x.shape, axis)
-        return jnp.where(at < size, x, jnp.zeros((), x.dtype))
-
-    return inside
 
 
 def _kept(plan: _Plan, drop_ref: Any, row: Any, column: Any, shape: tuple[int, ...], k: int) -> Array:
@@ -474,24 +463,12 @@ def _gpu_kernel(
     axis = 1 if across else 0
     row, column = i * blocks.m, j * blocks.n
 
-    def part(ref: Any, starts: tuple[Any, Any], lengths: tuple[int, int]) -> tuple[Any, Array]:
-        """A block of `ref`, and which of it lies within."""
-        starts = tuple(jnp.asarray(s, jnp.int32) for s in starts)
-        at = [s + lax.broadcasted_iota(jnp.int32, lengths, axis) for axis, s in enumerate(starts)]
-        inside = (at[0] < ref.shape[0]) & (at[1] < ref.shape[1])
-        return ref.at[pl.ds(starts[0], lengths[0]), pl.ds(starts[1], lengths[1])], inside
-
-    def load(ref: Any, starts: tuple[Any, Any], lengths: tuple[int, int], swap: bool = False) -> Array:
-        """The block of `ref` at `starts`, zero beyond its edges; with `swap` both are given for its transpose."""
-        block, inside = part(ref, *((starts[::-1], lengths[::-1]) if swap else (starts, lengths)))
-        return pltriton.load(block, mask=inside, other=0.0)
-
     def step(l: Any, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         l = jnp.asarray(l, jnp.int32)
         y_sum, h_sum = sums
-        x = load(x_ref, (row, l * blocks.k), (blocks.m, blocks.k))
-        w = load(w_ref, (l * blocks.k, column), (blocks.k, blocks.n), across)
-        into = load(into_ref, (l * blocks.k, 0), (blocks.k, rank), across)
+        x = gpu_load(x_ref, (row, l * blocks.k), (blocks.m, blocks.k))
+        w = gpu_load(w_ref, (l * blocks.k, column), (blocks.k, blocks.n), swap=across)
+        into = gpu_load(into_ref, (l * blocks.k, 0), (blocks.k, rank), swap=across)
         seen = x
         if plan.rate and not across:
             seen = jnp.where(_kept(plan, drop_ref, row, l * blocks.k, x.shape, k), x, jnp.zeros((), x.dtype))
@@ -503,14 +480,12 @@ def _gpu_kernel(
     zeros = lambda *shape: jnp.zeros(shape, wide(x_ref.dtype))
     y_sum, h_sum = lax.fori_loop(0, pl.cdiv(k, blocks.k), step, (zeros(blocks.m, blocks.n), zeros(blocks.m, rank)))
     h = h_sum.astype(x_ref.dtype)
-    low = dot(h, load(out_ref, (0, column), (rank, blocks.n), across), (1, axis), plan.precision)
+    low = dot(h, gpu_load(out_ref, (0, column), (rank, blocks.n), swap=across), (1, axis), plan.precision)
     if plan.rate and across:
         low = jnp.where(_kept(plan, drop_ref, row, column, low.shape, n), low, jnp.zeros((), low.dtype))
-    block, inside = part(y_ref, (row, column), (blocks.m, blocks.n))
-    pltriton.store(block, (y_sum + low).astype(y_ref.dtype), mask=inside)
+    gpu_store(y_ref, (row, column), y_sum + low)
     if with_h:
 
         @pl.when(j == 0)
         def _():
-            block, inside = part(h_ref, (row, 0), (blocks.m, rank))
-            pltriton.store(block, h, mask=inside)
+            gpu_store(h_ref, (row, 0), h)

@@ -1,0 +1,200 @@
+"""What the kernels must do and what the TPU compiler makes of them: operations, bytes, static schedule; nothing is run.
+
+    python experiments/bench/kernels.py            ten minutes; needs the extra `aot`, no accelerator
+    python experiments/bench/kernels.py --smoke    one workload; writes nothing unless --out is given
+
+For every product of `jaxpeft.kernels.workloads` in bfloat16, compiled for TPU v5e: the fused low-rank kernel, the same
+kernel without its low-rank part, and what XLA makes of `x w + 2 (x a) b`. Bundles are the compiler's static instruction
+words, about one a cycle, weighed by how often each part of the kernel's body is entered; the matrix unit's share is of
+its four slots a bundle. XLA's figure is its own estimate of cycles for the fusions it makes. All are predictions: they do
+not see waiting for memory, for which the floor beside them stands: bytes over bandwidth, operations over peak.
+
+Stated before running, each to be reported as holding or not:
+  1. At r = 16 the fused product takes at most 1.08 of the plain product's bundles, for every workload.
+  2. It moves at most 1.02 times the bytes of the plain product with the same blocks, and a and b.
+  3. It takes fewer cycles than XLA's estimate of its own version.
+"""
+
+import argparse
+import functools
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import os
+import re
+
+import schedule
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+DUMP = Path(tempfile.mkdtemp(prefix="jaxpeft-schedules-"))
+schedule.dump_into(DUMP)
+
+import jax
+import jax.numpy as jnp
+import record
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxpeft import aot
+from jaxpeft.kernels import low_rank_matmul
+from jaxpeft.kernels.low_rank_matmul import Blocks
+from jaxpeft.kernels.platforms import VMEM_BYTES, dot, tpu_params
+from jaxpeft.kernels.workloads import PRODUCTS
+
+KIND, DTYPE = "v5e", jnp.bfloat16
+MATRIX_UNITS = 4
+
+
+def plain_matmul(x, w, blocks: Blocks):
+    """The kernel without its low-rank part: the same blocks, the same sums."""
+    (m, k), n = x.shape, w.shape[1]
+    grid = (pl.cdiv(m, blocks.m), pl.cdiv(n, blocks.n), pl.cdiv(k, blocks.k))
+
+    def kernel(x_ref, w_ref, y_ref, *sums):
+        l = pl.program_id(2)
+        if not sums:
+            y_ref[...] = dot(x_ref[...], w_ref[...]).astype(y_ref.dtype)
+            return
+        (y_sum,) = sums
+
+        @pl.when(l == 0)
+        def _():
+            y_sum[...] = jnp.zeros_like(y_sum)
+
+        y_sum[...] += dot(x_ref[...], w_ref[...])
+
+        @pl.when(l == pl.num_programs(2) - 1)
+        def _():
+            y_ref[...] = y_sum[...].astype(y_ref.dtype)
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((blocks.m, blocks.k), lambda i, j, l: (i, l)),
+            pl.BlockSpec((blocks.k, blocks.n), lambda i, j, l: (l, j)),
+        ],
+        out_specs=pl.BlockSpec((blocks.m, blocks.n), lambda i, j, l: (i, j)),
+        scratch_shapes=[pltpu.VMEM((blocks.m, blocks.n), jnp.float32)] if grid[2] > 1 else [],
+        compiler_params=tpu_params("parallel", "arbitrary", "arbitrary", vmem_bytes=VMEM_BYTES),
+        name="plain_matmul",
+    )(x, w)
+
+
+def weighed(kernel: str, grid: tuple[int, int, int]) -> tuple[int, int]:
+    """(bundles, matrix-unit instructions) of a whole call, by how often each part of the body is entered."""
+    rows, columns, inner = grid
+    found = schedule.regions(DUMP, kernel)
+    body = max((r for r in found if r.depth == 1), key=lambda r: r.end - r.start)
+    # What ends with the body is the pipeline's own copy out.
+    inside = [r for r in found if body.start < r.start and r.end < body.end]
+    # Parts in the order of the code; where a grid axis has one step its predicate is always true and the part inlined.
+    parts = [rows * columns] if inner > 1 else []  # the sums' start
+    if kernel == "low_rank_matmul":
+        parts += [rows] if inner > 1 or columns > 1 else []  # the start of h's sums
+        parts += [rows * inner] if columns > 1 else []  # h
+    parts += [rows * columns] if inner > 1 else []  # the result
+    if len(inside) != len(parts):
+        raise RuntimeError(f"{kernel} on {grid}: {len(inside)} parts where {len(parts)} were expected: {found}")
+    times = dict.fromkeys((r.start for r in found), rows * columns * inner)
+    times |= dict(zip((r.start for r in inside), parts))
+    return sum(times[r.start] * r.own for r in found), sum(times[r.start] * r.mxu for r in found)
+
+
+def xla_cycles(function, *shapes) -> int:
+    """The sum of XLA's own estimates over the fusions it makes."""
+    text = aot.compile_for(KIND, function, *shapes).as_text()
+    return sum(int(n) for n in re.findall(r'estimated_cycles":"(\d+)"', text))
+
+
+def row_of(p):
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=DTYPE)
+    x, w, a, b = shape((p.m, p.k)), shape((p.k, p.n)), shape((p.k, p.r)), shape((p.r, p.n))
+    blocks = Blocks.for_tpu(p.m, p.k, p.n, p.r, DTYPE)
+    grid = (math.ceil(p.m / blocks.m), math.ceil(p.n / blocks.n), math.ceil(p.k / blocks.k))
+    fused = functools.partial(low_rank_matmul, backend="tpu", blocks=blocks)
+    aot.compile_for(KIND, lambda *o: fused(*o, 2.0), x, w, a, b)
+    bundles, busy = weighed("low_rank_matmul", grid)
+    aot.compile_for(KIND, functools.partial(plain_matmul, blocks=blocks), x, w)
+    plain, _ = weighed("plain_matmul", grid)
+    size = jnp.dtype(DTYPE).itemsize
+    operations = 2 * p.m * (p.k * p.n + p.k * p.r + p.r * p.n)
+    least = size * (p.m * p.k + p.k * p.n + p.k * p.r + p.r * p.n + p.m * p.n)
+    moved = blocks.traffic(p.m, p.k, p.n, p.r, DTYPE)
+    without = moved - size * (p.k * p.r + p.r * p.n) * (grid[0] if grid[2] > 1 or grid[1] > 1 else 1)
+    floor = {k: 1e6 * max(operations / aot.TARGETS[k].flops, least / aot.TARGETS[k].bandwidth) for k in (KIND, "h100")}
+    return {
+        "workload": p.name,
+        "m": p.m,
+        "k": p.k,
+        "n": p.n,
+        "rank": p.r,
+        "blocks": [blocks.m, blocks.k, blocks.n],
+        "gflop": operations / 1e9,
+        "least_mib": least / 2**20,
+        "moved_mib": moved / 2**20,
+        "moved_to_plain": moved / without,
+        "floor_us": floor,
+        "bundles": bundles,
+        "bundles_to_plain": bundles / plain,
+        "matrix_unit_share": busy / (MATRIX_UNITS * bundles),
+        "xla_cycles": xla_cycles(lambda x, w, a, b: x @ w + 2 * (x @ a) @ b, x, w, a, b),
+        "xla_cycles_plain": xla_cycles(lambda x, w: x @ w, x, w),
+    }
+
+
+def verdicts(rows):
+    at_16 = [r for r in rows if r["rank"] == 16]
+    worst = max(at_16, key=lambda r: r["bundles_to_plain"])
+    bytes_ = max(rows, key=lambda r: r["moved_to_plain"])
+    xla = max(rows, key=lambda r: r["bundles"] / max(1, r["xla_cycles"]))
+    ratio = xla["bundles"] / max(1, xla["xla_cycles"])
+    return [
+        record.claim(
+            "At r = 16 the fused product takes at most 1.08 of the plain product's bundles",
+            worst["bundles_to_plain"] <= 1.08,
+            f"predicted; worst {worst['bundles_to_plain']:.3f}, {worst['workload']}",
+        ),
+        record.claim(
+            "It moves at most 1.02 of the plain product's bytes",
+            bytes_["moved_to_plain"] <= 1.02,
+            f"counted; worst {bytes_['moved_to_plain']:.3f}, {bytes_['workload']}",
+        ),
+        record.claim(
+            "It takes fewer cycles than XLA's estimate of its own version",
+            ratio < 1,
+            f"predicted; worst {ratio:.2f}, {xla['workload']}",
+        ),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The kernels' static costs; see the file's first lines.")
+    parser.add_argument("--smoke", action="store_true", help="one workload")
+    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    args = parser.parse_args()
+    out = args.out or (None if args.smoke else record.RESULTS / "bench_kernels.json")
+    rows = []
+    for p in PRODUCTS[-1:] if args.smoke else PRODUCTS:
+        rows.append(row_of(p))
+        r = rows[-1]
+        print(
+            f"{p.name:40} {r['gflop']:8.1f} GFLOP  {r['bundles']:>10,} bundles, {r['bundles_to_plain']:.3f} of plain, "
+            f"matrix unit {r['matrix_unit_share']:.0%}; XLA {r['xla_cycles']:,}",
+            flush=True,
+        )
+    claims = verdicts(rows) if not args.smoke else []
+    for c in claims:
+        print(f"{c['verdict']:>14}: {c['claim']} ({c['evidence']})")
+    if out is not None:
+        record.write(out, {"claims": claims, **record.provenance(), "device": KIND, "rows": rows})
+        print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Products and attentions of real layers, as data: what the kernels are compiled for, measured and tuned on."""
+
+from typing import NamedTuple
+
+__all__ = ["ATTENTION", "PRODUCTS", "Attention", "Product"]
+
+
+class Product(NamedTuple):
+    """`x (m, k)` times `w (k, n)` with an update of rank r."""
+
+    name: str
+    m: int
+    k: int
+    n: int
+    r: int
+
+
+class Attention(NamedTuple):
+    """Queries (b, t, heads, head_dim) over keys (b, s, kv_heads, head_dim), with a prefix of so many positions."""
+
+    name: str
+    b: int
+    t: int
+    s: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool
+    prefix: int
+
+
+PRODUCTS = (
+    Product("Llama-3-8B q, 2,048 tokens", 2048, 4096, 4096, 16),
+    Product("Llama-3-8B k, 2,048 tokens", 2048, 4096, 1024, 16),
+    Product("Llama-3-8B gate, 2,048 tokens", 2048, 4096, 14336, 16),
+    Product("Llama-3-8B down, 2,048 tokens", 2048, 14336, 4096, 16),
+    Product("Llama-3-8B q, 16 x 2,048 tokens", 32768, 4096, 4096, 16),
+    Product("Llama-3-8B q, one token of 16 sequences", 16, 4096, 4096, 16),
+    Product("Llama-3-8B q, rank 256", 2048, 4096, 4096, 256),
+    Product("ViT-L q, 8 images", 8 * 197, 1024, 1024, 16),
+    Product("ViT-L up, 8 images", 8 * 197, 1024, 4096, 16),
+    Product("MiniLM q, 16 x 128 tokens", 2048, 384, 384, 8),
+    Product("MiniLM up, 16 x 128 tokens", 2048, 384, 1536, 8),
+)
+
+ATTENTION = (
+    Attention("Llama-3-8B, 2,048 tokens", 1, 2048, 2048, 32, 8, 128, True, 64),
+    Attention("ViT-L, 8 images", 8, 197, 197, 16, 16, 64, False, 16),
+    Attention("MiniLM, 16 x 128 tokens", 16, 128, 128, 12, 12, 32, False, 16),
+)
