@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -117,7 +118,7 @@ def low_rank_matmul(
     scale: ArrayLike = 1.0,
     *,
     key: Key[Array, ""] | None = None,
-    dropout: float = 0.0,
+    dropout: ArrayLike = 0.0,
     backend: Backend = "auto",
     blocks: Blocks | None = None,
     precision: Any = None,
@@ -131,7 +132,7 @@ def low_rank_matmul(
       a, b: the factors, of rank 1 to 256; taken in x's dtype. The scale is multiplied into b in float32.
       scale: a scalar; may be traced.
       key: turns dropout on, of the input of the low-rank product alone.
-      dropout: the probability of dropping an element of x there, in [0, 1).
+      dropout: the probability of dropping an element of x there, in [0, 1); may be traced.
       backend: "auto", "xla", "tpu" or "gpu"; see the package.
       blocks: block sizes; chosen from the shapes where None.
       precision: of the products, as `jax.lax.dot` takes it.
@@ -154,17 +155,19 @@ def low_rank_matmul(
     rows = x.reshape(-1, k)
     if not rows.size:
         return jnp.zeros((*lead, n), x.dtype)
-    rate, drop = 0.0, jnp.zeros(2, jnp.uint32)
-    if key is not None and dropout:
-        rate, drop = dropout, random_bits.words(key)
-    scaled = b.astype(wide(b.dtype)) * (jnp.asarray(scale, wide(b.dtype)) / (1.0 - rate))
-    plan = _Plan(rate, backend, blocks, precision, vmem_bytes)
-    operands = same_variance(rows, w.astype(x.dtype), a.astype(x.dtype), scaled.astype(x.dtype), drop.reshape(1, 2))
+    drops = key is not None and not (isinstance(dropout, int | float) and dropout == 0)
+    drop, gain = jnp.zeros(3, jnp.uint32), 1.0
+    if key is not None and drops:
+        keep = 1.0 - jnp.asarray(dropout, jnp.float32)
+        drop, gain = jnp.append(random_bits.words(key), random_bits.below(keep)), 1.0 / keep
+    scaled = b.astype(wide(b.dtype)) * jnp.asarray(scale, wide(b.dtype)) * jnp.asarray(gain, wide(b.dtype))
+    plan = _Plan(drops, backend, blocks, precision, vmem_bytes)
+    operands = same_variance(rows, w.astype(x.dtype), a.astype(x.dtype), scaled.astype(x.dtype), drop.reshape(1, 3))
     y: Any = _low_rank_matmul(plan, *operands)
     return y.reshape(*lead, n)
 
 
-def _check(x: Array, w: Array, a: Array, b: Array, dropout: float, key: Any) -> None:
+def _check(x: Array, w: Array, a: Array, b: Array, dropout: Any, key: Any) -> None:
     if x.ndim < 1 or (w.ndim, a.ndim, b.ndim) != (2, 2, 2):
         raise KernelError(
             f"x {x.shape}, w {w.shape}, a {a.shape}, b {b.shape}: expected (..., k), (k, n), (k, r), (r, n)"
@@ -178,10 +181,10 @@ def _check(x: Array, w: Array, a: Array, b: Array, dropout: float, key: Any) -> 
         raise KernelError(f"rank {r}: the kernel takes 1 to {MAX_RANK}; multiply w + a b out for more")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise KernelError(f"x of {x.dtype}: expected a floating-point type")
-    if not 0.0 <= dropout < 1.0:
+    if not isinstance(dropout, Tracer) and not 0.0 <= float(dropout) < 1.0:
         raise KernelError(f"dropout {dropout}: expected a probability in [0, 1)")
-    if dropout and key is not None and x.size >= 2**32:
-        raise KernelError(f"dropout over {x.size} inputs: the kernel numbers them with 32 bits; split the batch")
+    if key is not None and x.size >= 2**32:
+        raise KernelError(f"a dropout key over {x.size} inputs: the kernel numbers them with 32 bits; split the batch")
 
 
 def reference(
@@ -222,20 +225,20 @@ def reference_across(
 class _Plan:
     """What is static in a call."""
 
-    rate: float
+    drops: bool
     backend: Backend
     blocks: Blocks | None
     precision: Any
     vmem_bytes: int
 
-    def keep(self, drop: UInt32[Array, "1 2"], m: int, k: int) -> Any:
+    def keep(self, drop: UInt32[Array, "1 3"], m: int, k: int) -> Any:
         """Which inputs the low-rank product sees; None for all."""
-        if not self.rate:
+        if not self.drops:
             return None
         index = lax.broadcasted_iota(jnp.uint32, (m, k), 0) * jnp.uint32(k) + lax.broadcasted_iota(
             jnp.uint32, (m, k), 1
         )
-        return random_bits.kept(drop[0, 0], drop[0, 1], index, 1.0 - self.rate)
+        return random_bits.kept(drop[0, 0], drop[0, 1], drop[0, 2], index)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -333,7 +336,7 @@ def _on_tpu(
         out_shape=shapes if with_h else shapes[:1],
         grid=grid,
         in_specs=[
-            pl.BlockSpec((1, 2), lambda i, j, l: (0, 0)),
+            pl.BlockSpec((1, 3), lambda i, j, l: (0, 0)),
             pl.BlockSpec((blocks.m, blocks.k), lambda i, j, l: (i, l)),
             weight,
             into_spec,
@@ -349,7 +352,7 @@ def _on_tpu(
 
 
 def _tpu_kernel(
-    drop_ref: Any,  # (1, 2) the key's words
+    drop_ref: Any,  # (1, 3) the key's two words, and what bits must lie below
     x_ref: Any,  # (bm, bk)
     w_ref: Any,  # (bk, bn), across (bn, bk)
     into_ref: Any,  # (bk, r), across (r, bk)
@@ -385,8 +388,8 @@ def _tpu_kernel(
     @pl.when(first_columns)
     def _():
         seen = inside(x_ref[...], 1)
-        if plan.rate and not across:
-            kept = _kept(plan, drop_ref, i * blocks.m, l * blocks.k, seen.shape, k)
+        if plan.drops and not across:
+            kept = _kept(drop_ref, i * blocks.m, l * blocks.k, seen.shape, k)
             seen = jnp.where(kept, seen, jnp.zeros((), seen.dtype))
         h_sum[...] += dot(seen, inside(into_ref[...], axis), (1, axis), plan.precision)
 
@@ -397,10 +400,8 @@ def _tpu_kernel(
     def finish() -> None:
         h = h_sum[...].astype(x_ref.dtype)
         low = dot(h, out_ref[...], (1, axis), plan.precision)
-        if plan.rate and across:
-            low = jnp.where(
-                _kept(plan, drop_ref, i * blocks.m, j * blocks.n, low.shape, n), low, jnp.zeros((), low.dtype)
-            )
+        if plan.drops and across:
+            low = jnp.where(_kept(drop_ref, i * blocks.m, j * blocks.n, low.shape, n), low, jnp.zeros((), low.dtype))
         y_ref[...] = ((y_sum[0][...] if many else product) + low).astype(y_ref.dtype)
         if h_ref is not None:
 
@@ -414,12 +415,12 @@ def _tpu_kernel(
         finish()
 
 
-def _kept(plan: _Plan, drop_ref: Any, row: Any, column: Any, shape: tuple[int, ...], k: int) -> Array:
+def _kept(drop_ref: Any, row: Any, column: Any, shape: tuple[int, ...], k: int) -> Array:
     """Which elements of a block at (row, column) of the (m, k) inputs are kept."""
     rows = (row + lax.broadcasted_iota(jnp.int32, shape, 0)).astype(jnp.uint32)
     columns = (column + lax.broadcasted_iota(jnp.int32, shape, 1)).astype(jnp.uint32)
-    k0, k1 = drop_ref[:, 0:1], drop_ref[:, 1:2]
-    return random_bits.kept(k0, k1, rows * jnp.uint32(k) + columns, 1.0 - plan.rate)
+    k0, k1, below = (drop_ref[:, c : c + 1] for c in range(3))
+    return random_bits.kept(k0, k1, below, rows * jnp.uint32(k) + columns)
 
 
 # ------------------------------------------------------------------------------------------------------------ the GPU
@@ -432,7 +433,7 @@ def _on_gpu(
     blocks = plan.blocks or Blocks.for_gpu(m, k, n, r)
     shapes = [out_like((m, n), x.dtype, x), out_like((m, r), x.dtype, x)]
     return pl.pallas_call(
-        functools.partial(_gpu_kernel, plan=plan, sizes=(m, k, n, r), blocks=blocks, across=across, with_h=with_h),
+        functools.partial(_gpu_kernel, plan=plan, sizes=(m, k, n, r), blocks=blocks, across=across),
         out_shape=shapes if with_h else shapes[:1],
         grid=(pl.cdiv(m, blocks.m), pl.cdiv(n, blocks.n)),
         compiler_params=gpu_params(),
@@ -443,21 +444,19 @@ def _on_gpu(
 
 
 def _gpu_kernel(
-    drop_ref: Any,  # (1, 2)
+    drop_ref: Any,  # (1, 3)
     x_ref: Any,  # (m, k)
     w_ref: Any,  # (k, n), across (n, k)
     into_ref: Any,  # (k, r), across (r, k)
     out_ref: Any,  # (r, n), across (n, r)
     y_ref: Any,  # (m, n)
-    h_ref: Any = None,  # (m, r)
-    *,
+    *h_ref: Any,  # [(m, r)]
     plan: _Plan,
     sizes: tuple[int, int, int, int],
     blocks: Blocks,
     across: bool,
-    with_h: bool,
 ) -> None:
-    _, k, n, r = sizes
+    k, n, r = sizes[1:]
     rank = power_of_two(r, 16, MAX_RANK)
     i, j = pl.program_id(0), pl.program_id(1)
     axis = 1 if across else 0
@@ -470,8 +469,8 @@ def _gpu_kernel(
         w = gpu_load(w_ref, (l * blocks.k, column), (blocks.k, blocks.n), swap=across)
         into = gpu_load(into_ref, (l * blocks.k, 0), (blocks.k, rank), swap=across)
         seen = x
-        if plan.rate and not across:
-            seen = jnp.where(_kept(plan, drop_ref, row, l * blocks.k, x.shape, k), x, jnp.zeros((), x.dtype))
+        if plan.drops and not across:
+            seen = jnp.where(_kept(drop_ref, row, l * blocks.k, x.shape, k), x, jnp.zeros((), x.dtype))
         return (
             y_sum + dot(x, w, (1, axis), plan.precision),
             h_sum + dot(seen, into, (1, axis), plan.precision),
@@ -481,11 +480,11 @@ def _gpu_kernel(
     y_sum, h_sum = lax.fori_loop(0, pl.cdiv(k, blocks.k), step, (zeros(blocks.m, blocks.n), zeros(blocks.m, rank)))
     h = h_sum.astype(x_ref.dtype)
     low = dot(h, gpu_load(out_ref, (0, column), (rank, blocks.n), swap=across), (1, axis), plan.precision)
-    if plan.rate and across:
-        low = jnp.where(_kept(plan, drop_ref, row, column, low.shape, n), low, jnp.zeros((), low.dtype))
+    if plan.drops and across:
+        low = jnp.where(_kept(drop_ref, row, column, low.shape, n), low, jnp.zeros((), low.dtype))
     gpu_store(y_ref, (row, column), y_sum + low)
-    if with_h:
+    if h_ref:
 
         @pl.when(j == 0)
         def _():
-            gpu_store(h_ref, (row, 0), h)
+            gpu_store(h_ref[0], (row, 0), h)

@@ -8,7 +8,7 @@ code beside it, or the backward pass that drops them again, therefore agree with
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Key, UInt32
+from jaxtyping import Array, ArrayLike, Bool, Key, UInt32
 
 from jaxpeft.kernels.platforms import KernelError
 
@@ -22,7 +22,7 @@ def words(key: Key[Array, ""]) -> UInt32[Array, "2"]:
       KernelError: a key of another generator than threefry2x32.
     """
     name = str(jax.random.key_impl(key))
-    if "threefry2x32" not in name and "fry" not in name:
+    if name != "threefry2x32":
         raise KernelError(f"a key of {name}: kernels draw with threefry2x32; make it by jax.random.key(seed, impl=...)")
     return jax.random.key_data(key)
 
@@ -40,15 +40,12 @@ def threefry(k0: Array, k1: Array, index: UInt32[Array, "..."]) -> UInt32[Array,
     return x ^ y
 
 
-def kept(k0: Array, k1: Array, index: UInt32[Array, "..."], keep: float) -> Bool[Array, "..."]:
-    """Where `jax.random.bernoulli(key, keep)` is true, for elements of these indices (row-major)."""
-    unit = lax.shift_right_logical(threefry(k0, k1, index), jnp.uint32(9))
-    # uniform = unit / 2²³ < keep, in integers: exact, and without a bit cast.
-    return unit.astype(jnp.int32) < jnp.int32(_below(keep))
+def kept(k0: Array, k1: Array, below: Array, index: UInt32[Array, "..."]) -> Bool[Array, "..."]:
+    """Where `jax.random.bernoulli(key, keep)` is true, for elements of these indices (row-major), `below(keep)` given."""
+    # A uniform number is 23 bits over 2²³; compared as integers, exactly and without a bit cast.
+    return lax.shift_right_logical(threefry(k0, k1, index), jnp.uint32(9)) < below
 
 
-def _below(keep: float) -> int:
-    """How many of the 2²³ values of a uniform float32 lie below `keep` as float32."""
-    import numpy as np
-
-    return int(np.ceil(np.float64(np.float32(keep)) * 2**23))
+def below(keep: ArrayLike) -> UInt32[Array, ""]:
+    """How many of the 2²³ values of a uniform float32 lie below `keep`."""
+    return jnp.ceil(jnp.asarray(keep, jnp.float32) * 2**23).astype(jnp.uint32)

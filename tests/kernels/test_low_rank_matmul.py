@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 from jaxpeft.kernels import low_rank_matmul
 from jaxpeft.kernels.low_rank_matmul import Blocks
 from jaxpeft.kernels.platforms import KernelError
-from jaxpeft.kernels.random_bits import kept, words
+from jaxpeft.kernels.random_bits import below, kept, words
 
 EDGE = st.sampled_from([1, 2, 7, 8, 13, 16, 31, 33])
 KERNELS = ("tpu", "gpu")
@@ -134,7 +134,7 @@ def test_dropped_inputs_are_those_of_jax_random():
     key = jax.random.key(7)
     index = jnp.arange(60, dtype=jnp.uint32).reshape(6, 10)
     for keep in (0.05, 0.5, 0.9):
-        np.testing.assert_array_equal(kept(*words(key), index, keep), jax.random.bernoulli(key, keep, (6, 10)))
+        np.testing.assert_array_equal(kept(*words(key), below(keep), index), jax.random.bernoulli(key, keep, (6, 10)))
 
 
 def shapes_made(function, *arguments):

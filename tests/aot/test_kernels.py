@@ -1,0 +1,84 @@
+"""Every kernel through the real compilers of TPU v4, v5e, v5p, v6e and H100: what they refuse would be refused there.
+
+Needs the extra `aot`; nothing runs. A kernel enters by a case: a name, a function of arrays, their shapes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxpeft import aot
+from jaxpeft.kernels import low_rank_matmul
+from jaxpeft.kernels.workloads import PRODUCTS
+
+pytestmark = pytest.mark.aot
+DTYPES = [jnp.bfloat16, jnp.float32]
+
+
+def product(p):
+    shapes = [(p.m, p.k), (p.k, p.n), (p.k, p.r), (p.r, p.n)]
+    return pytest.param(low_rank_matmul, shapes, id=f"low_rank_matmul: {p.name}")
+
+
+CASES = [product(p) for p in PRODUCTS]
+
+
+def gradient_of(function):
+    """The gradient with respect to all operands but the second, a frozen weight."""
+
+    def loss(*operands):
+        return (function(*operands).astype(jnp.float32) ** 2).sum()
+
+    return lambda *operands: jax.grad(loss, argnums=tuple(i for i in range(len(operands)) if i != 1))(*operands)
+
+
+def calls(program):
+    """How many kernels a compiled program runs."""
+    text = program.as_text()
+    return text.count("tpu_custom_call") + text.count("__gpu$xla.gpu.triton")
+
+
+@pytest.mark.parametrize("kind", list(aot.TARGETS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+@pytest.mark.parametrize(("function", "shapes"), CASES)
+def test_forward_and_backward_compile(kind, dtype, function, shapes):
+    operands = [jax.ShapeDtypeStruct(s, dtype) for s in shapes]
+    assert calls(aot.compile_for(kind, function, *operands)) >= 1
+    assert calls(aot.compile_for(kind, gradient_of(function), *operands)) >= 2
+
+
+@pytest.mark.parametrize("kind", list(aot.TARGETS))
+def test_dropout_inside_the_kernel_compiles(kind):
+    operands = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in [(256, 384), (384, 640), (384, 8), (8, 640)]]
+    drop = functools.partial(low_rank_matmul, key=jax.random.key(0), dropout=0.1)
+    assert calls(aot.compile_for(kind, gradient_of(drop), *operands)) >= 2
+
+
+def test_a_kernel_stands_inside_shard_map_on_a_mesh_of_chips():
+    mesh = aot.device_mesh("v5e", (4,), ("data",), "2x2")
+    specs = (P("data"), P(), P(), P())
+
+    def loss(x, w, a, b):
+        return jax.lax.psum((low_rank_matmul(x, w, a, b, 2.0).astype(jnp.float32) ** 2).sum(), "data")
+
+    step = jax.shard_map(jax.grad(loss, argnums=(2, 3)), mesh=mesh, in_specs=specs, out_specs=(P(), P()))
+    shapes = [(1024, 384), (384, 384), (384, 8), (8, 384)]
+    operands = [
+        jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=NamedSharding(mesh, spec)) for s, spec in zip(shapes, specs)
+    ]
+    program = jax.jit(step).lower(*operands).compile()
+    assert calls(program) >= 2
+    assert "all-reduce" in program.as_text()
+
+
+def test_an_unknown_device_or_slice_is_named():
+    with pytest.raises(aot.AotError, match="v5e"):
+        aot.topology("v5")
+    with pytest.raises(aot.AotError, match="7x7"):
+        aot.topology("v5e", "7x7")
+    with pytest.raises(aot.AotError, match="needs 9"):
+        aot.device_mesh("v5e", (9,))
