@@ -6,6 +6,8 @@ logits  = adapted.apply(params, delta, *inputs)
 dense   = adapted.merge(params, delta)
 """
 
+from typing import TYPE_CHECKING, Any
+
 from jaxpeft import trees
 from jaxpeft.adapt.adapters import houlsby, parallel, pfeiffer, scaled_parallel
 from jaxpeft.adapt.dora import dora
@@ -17,12 +19,18 @@ from jaxpeft.adapt.lora import lora
 from jaxpeft.adapt.mam import mam
 from jaxpeft.adapt.prefix_tuning import prefix_tuning
 from jaxpeft.adapt.prompt_tuning import prompt_tuning
+from jaxpeft.adapt.ranks import trim_rank, with_rank
 from jaxpeft.adapt.unified import DESIGNS, Design, sublayer
+from jaxpeft.explain import Explanation, explain
 from jaxpeft.hooks import Hook, from_nnx, on_hooks
 from jaxpeft.interpret import DenseError, DenseWarning, lift
+from jaxpeft.many import Many, SlotError, Slots, many
 from jaxpeft.method import METHODS, Adapted, MergeError, Method, adapt, chain, from_config, on_weights, register
 from jaxpeft.readers import named, read
 from jaxpeft.trees import Fixed, PatternError, combine, count, fingerprint, labels, learned, mix, nbytes, stack, unstack
+
+if TYPE_CHECKING:
+    from jaxpeft.train.sweep import sweep
 
 __version__ = "0.1.0"
 
@@ -33,17 +41,22 @@ __all__ = [
     "DenseError",
     "DenseWarning",
     "Design",
+    "Explanation",
     "Fixed",
     "Hook",
+    "Many",
     "MergeError",
     "Method",
     "PatternError",
+    "SlotError",
+    "Slots",
     "adapt",
     "bitfit",
     "chain",
     "combine",
     "count",
     "dora",
+    "explain",
     "fingerprint",
     "from_config",
     "from_nnx",
@@ -57,6 +70,7 @@ __all__ = [
     "lora",
     "lst",
     "mam",
+    "many",
     "mix",
     "named",
     "nbytes",
@@ -72,6 +86,18 @@ __all__ = [
     "squared_gradients",
     "stack",
     "sublayer",
+    "sweep",
     "trees",
+    "trim_rank",
     "unstack",
+    "with_rank",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The training loop brings data readers and checkpoints with it: imported when asked for.
+    if name != "sweep":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from jaxpeft.train.sweep import sweep
+
+    return sweep

@@ -93,7 +93,9 @@ class Compare:
 class Sweep:
     """Train a grid of settings side by side in ONE compiled program: vmapped, the base held once.
 
-    Example: jaxpeft sweep --rates 5e-4 1e-3 2e-3 4e-3 --alphas 8 16 --seeds 1 --per-class 50
+    Examples:
+      jaxpeft sweep --rates 5e-4 1e-3 2e-3 4e-3 --alphas 8 16 --seeds 1 --per-class 50
+      jaxpeft sweep --ranks 2 4 8 16 --dropouts 0 0.1 --halve-at 100 200 --keep 0.5
     """
 
     config: Annotated[Any, tyro.conf.arg(name="")] = None
@@ -101,18 +103,38 @@ class Sweep:
     """Peak learning rates."""
     alphas: tuple[float, ...] = ()
     """Numerators of the scale, for methods that have `alpha` (LoRA, DoRA) or `scale`; empty for the method's own."""
+    ranks: tuple[int, ...] = ()
+    """Ranks of LoRA or DoRA, in arrays of the largest."""
+    dropouts: tuple[float, ...] = ()
+    """Probabilities of LoRA's or DoRA's dropout."""
+    weight_decays: tuple[float, ...] = ()
+    """AdamW's decays."""
     seeds: int = 1
     """Seeds 0, 1, ... of initialisation and dropout; all settings see the same batches."""
+    halve_at: tuple[int, ...] = ()
+    """Steps after which only the best on the validation split go on."""
+    keep: float = 0.5
+    """The share that goes on."""
+    memory_mb: int = 0
+    """What a step may take; where not all settings fit, they train in chunks. 0 for what the device has."""
     out: Path | None = None
     """A JSON file for the results."""
 
     def run(self) -> None:
         from jaxpeft.train.run import write_json
-        from jaxpeft.train.sweep import grid, sweep_table, sweep_validation
+        from jaxpeft.train.sweep_command import sweep_table, sweep_validation
 
-        settings = grid(self.rates, self.alphas, range(self.seeds))
-        with _bar(False, f"sweep of {len(settings)}") as progress:
-            rows = sweep_validation(self.config, settings, progress=progress)
+        axes = {"rate": self.rates, "alpha": self.alphas, "rank": self.ranks, "dropout": self.dropouts}
+        axes |= {"weight_decay": self.weight_decays, "seed": tuple(range(self.seeds))}
+        with _bar(False, "sweep") as progress:
+            rows = sweep_validation(
+                self.config,
+                axes,
+                halve_at=self.halve_at,
+                keep=self.keep,
+                memory_limit=self.memory_mb * 10**6 or None,
+                progress=progress,
+            )
         if self.out:
             write_json(self.out, rows)
         _print(sweep_table(rows))

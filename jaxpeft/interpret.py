@@ -14,7 +14,7 @@ Lifted functions nest, and compose with jit, grad, vmap, scan and sharding: the 
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -310,6 +310,17 @@ def _same(operands: list[Any], params: dict[str, Any], report: Report) -> Any:
 @_rule(prims.stop_gradient_p)
 def _stop_gradient(operands: list[Any], params: dict[str, Any], report: Report) -> Any:
     return _one(operands[0].each(lax.stop_gradient))
+
+
+@_rule("pvary")
+def _pvary(operands: list[Any], params: dict[str, Any], report: Report) -> Any:
+    return _one(operands[0].each(lambda x: varying(x, params["axes"])))
+
+
+def varying(x: Array, axes: Iterable[str]) -> Array:
+    """`x`, inside shard_map, as a value that may differ between the devices along `axes`."""
+    new = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
+    return lax.pcast(x, new, to="varying") if new else x
 
 
 # -------------------------------------------------------------------------------------------------------- control flow

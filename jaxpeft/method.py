@@ -4,8 +4,9 @@ A model is a function `apply_fn(params, *inputs)` with frozen `params`. A `Metho
 says how the function behaves with it. It is a record of pure functions; `chain` puts several into one.
 """
 
+import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,7 +17,11 @@ from jaxtyping import Array, Key, PyTree
 from jaxpeft import trees
 from jaxpeft.interpret import Policy, lift
 from jaxpeft.roles import Role, roles
+from jaxpeft.weights import products
 from jaxpeft.weights.array_like import is_array_like
+from jaxpeft.weights.factored import Factored
+from jaxpeft.weights.products import Backend
+from jaxpeft.weights.watched import Watch, Watched
 
 Params = PyTree
 Delta = PyTree
@@ -38,10 +43,19 @@ class Call:
 
 
 class Mode(NamedTuple):
-    """How an adapted model runs: `dropout_key` is None in evaluation; `on_dense` as in `interpret.lift`."""
+    """How an adapted model runs.
+
+    Attributes:
+      dropout_key: None in evaluation.
+      on_dense: as in `interpret.lift`.
+      backend: how low-rank sums are multiplied; see `weights.products`.
+      watch: told of every product with an adapted weight; see `explain`.
+    """
 
     dropout_key: Key[Array, ""] | None = None
     on_dense: Policy = "warn"
+    backend: Backend = "auto"
+    watch: Watch | None = None
 
     def at(self, site: str) -> "Mode":
         """The mode for one place: its own key."""
@@ -76,15 +90,19 @@ class Adapted(NamedTuple):
       merge: `(params, delta) -> params` such that `apply_fn(merged, ...)` is the adapted model. Raises `MergeError`
         where no merge exists.
       method: what it was made from.
+      base: the model itself, `(params, *inputs, **kwargs)`.
+      backend: how low-rank sums are multiplied.
     """
 
     init: Callable[..., Delta]
     apply: Callable[..., Any]
     merge: Callable[[Params, Delta], Params]
     method: Method
+    base: ApplyFn
+    backend: Backend
 
 
-def adapt(apply_fn: ApplyFn, method: Method, *, on_dense: Policy = "warn") -> Adapted:
+def adapt(apply_fn: ApplyFn, method: Method, *, on_dense: Policy = "warn", backend: Backend = "auto") -> Adapted:
     """Joins a model and a method.
 
     Args:
@@ -92,6 +110,12 @@ def adapt(apply_fn: ApplyFn, method: Method, *, on_dense: Policy = "warn") -> Ad
         function. It is never modified.
       method: e.g. `lora(rank=8)`, or several in a `chain`.
       on_dense: what to do where an operation would form an adapted weight in full; see `interpret.lift`.
+      backend: how `x (w + s a b)` is multiplied: "auto" takes the Pallas kernel on TPU where it serves and two products
+        elsewhere, "xla" always two products, "pallas" the kernel on TPU and GPU, "merged" forms the sum first (a dense
+        copy of one weight at a time). `explain` tells what was chosen where.
+
+    Raises:
+      ValueError: an unknown backend.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxpeft
@@ -103,13 +127,15 @@ def adapt(apply_fn: ApplyFn, method: Method, *, on_dense: Policy = "warn") -> Ad
       (1, 2)
     """
 
+    products.checked(backend)
+
     def init(key: Key[Array, ""], params: Params, *inputs: Any, **kwargs: Any) -> Delta:
         return method.init(key, Call(apply_fn, params, inputs, kwargs))
 
     def apply(
         params: Params, delta: Delta, *inputs: Any, dropout_key: Key[Array, ""] | None = None, **kwargs: Any
     ) -> Any:
-        return method.wrap(apply_fn, delta, Mode(dropout_key, on_dense))(params, *inputs, **kwargs)
+        return method.wrap(apply_fn, delta, Mode(dropout_key, on_dense, backend))(params, *inputs, **kwargs)
 
     def merge(params: Params, delta: Delta) -> Params:
         if method.merge is None:
@@ -119,7 +145,7 @@ def adapt(apply_fn: ApplyFn, method: Method, *, on_dense: Policy = "warn") -> Ad
             )
         return method.merge(params, delta)
 
-    return Adapted(init, apply, merge, method)
+    return Adapted(init, apply, merge, method, apply_fn, backend)
 
 
 def chain(*methods: Method, name: str = "chain") -> Method:
@@ -132,8 +158,7 @@ def chain(*methods: Method, name: str = "chain") -> Method:
     """
     if not methods:
         raise ValueError("a chain of no methods")
-    total = [m.name for m in methods]
-    labels = [n if total.count(n) == 1 else f"{n}_{total[:i].count(n)}" for i, n in enumerate(total)]
+    labels = chain_labels([m.name for m in methods])
 
     def init(key: Key[Array, ""], call: Call) -> Delta:
         return {n: m.init(site_key(key, n), call) for n, m in zip(labels, methods)}
@@ -153,6 +178,11 @@ def chain(*methods: Method, name: str = "chain") -> Method:
     mergeable = all(m.merge is not None for m in methods)
     config = {"method": "chain", "name": name, "methods": [dict(m.config) for m in methods]}
     return Method(name, init, wrap, merge if mergeable else None, config)
+
+
+def chain_labels(names: Sequence[str]) -> list[str]:
+    """What the parts of a chain's delta are called: each method's name, numbered where a name repeats."""
+    return [n if names.count(n) == 1 else f"{n}_{names[:i].count(n)}" for i, n in enumerate(names)]
 
 
 # ------------------------------------------------------------------------------------------------------- the registry
@@ -284,6 +314,10 @@ def on_weights(
         for p, d in delta.items():
             new |= beside(p, leaves, trees.unmark(d))
         for p, value in new.items():
+            if isinstance(value, Factored):
+                value = new[p] = dataclasses.replace(value, backend=mode.backend)
+            if mode.watch is not None and is_array_like(value):
+                new[p] = Watched(value, p, mode.watch)
             if value.shape != leaves[p].shape:
                 raise ValueError(f"{name} makes {value.shape} of {p!r}, whose shape is {leaves[p].shape}")
         return trees.replace_leaves(params, new)

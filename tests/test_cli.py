@@ -92,3 +92,21 @@ def test_sweep_trains_each_setting_as_it_would_alone(tmp_path):
     alone = tmp_path / "alone.json"
     assert run("sweep", "--rates", "1e-2", "--alphas", "4", "--out", alone, *SMALL) == 0
     assert rows[1]["loss"] == pytest.approx(json.loads(alone.read_text())[0]["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_sweep_over_ranks_and_dropouts_halves_and_tells_where_each_stopped(tmp_path, capsys):
+    out = tmp_path / "sweep.json"
+    axes = ["--rates", "1e-3", "--ranks", "2", "4", "--dropouts", "0", "0.1", "--halve-at", "2"]
+    assert run("sweep", *axes, "--out", out, *SMALL) == 0
+    rows = json.loads(out.read_text())
+    assert [(r["rank"], r["dropout"]) for r in rows] == [
+        (2, 0.0),
+        (2, pytest.approx(0.1)),
+        (4, 0.0),
+        (4, pytest.approx(0.1)),
+    ]
+    assert sorted((r["steps"], r["ended"]) for r in rows) == [(2, "halved")] * 2 + [(3, "finished")] * 2
+    assert sorted(r["rank_in_sweep"] for r in rows) == [1, 2, 3, 4]
+    assert "2 (halved)" in capsys.readouterr().out

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-TORCH = {"bench/finetune.py"}
+GROUP = dict.fromkeys(("bench/adapters.py", "bench/finetune.py", "bench/sweep.py"), pytest.mark.parity)
+GROUP |= dict.fromkeys(("bench/kernels.py", "bench/plan.py"), pytest.mark.aot)
 SCRIPTS = sorted(str(p.relative_to(EXPERIMENTS)) for p in EXPERIMENTS.glob("*/*.py"))
 
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.parity if s in TORCH else ()) for s in SCRIPTS])
+@pytest.mark.parametrize("script", [pytest.param(s, marks=GROUP.get(s, ())) for s in SCRIPTS])
 def test_a_smoke_run_ends_well_and_writes_no_result(script):
     before = {p: p.stat().st_mtime_ns for p in EXPERIMENTS.rglob("*") if p.suffix in (".json", ".png", ".md")}
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as a user has

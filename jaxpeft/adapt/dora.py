@@ -33,7 +33,7 @@ def dora(
     at: trees.Pattern = AT,
     *,
     scaling: str = "standard",
-    dropout: float = 0.0,
+    dropout: Any = 0.0,
     init: Init = "kaiming",
     rank_pattern: Any = None,
     alpha_pattern: Any = None,

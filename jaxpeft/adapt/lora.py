@@ -19,6 +19,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from jaxpeft import trees
@@ -74,11 +75,11 @@ def scale_of(rules: Mapping[str, Any], path: str, rank: int) -> Any:
     return alpha / (math.sqrt(rank) if rules["scaling"] == "rslora" else rank)
 
 
-def check_lora(rank: int, dropout: float, scaling: str, init: str) -> None:
+def check_lora(rank: int, dropout: Any, scaling: str, init: str) -> None:
     """Raises ValueError for what no model could make right."""
     if rank < 1:
         raise ValueError(f"rank {rank}: a rank is at least 1")
-    if not 0 <= dropout < 1:
+    if not isinstance(dropout, Tracer) and not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout}: expected a probability in [0, 1)")
     if scaling not in ("standard", "rslora"):
         raise ValueError(f"scaling {scaling!r}: expected 'standard' or 'rslora'")
@@ -103,7 +104,7 @@ def lora(
     at: trees.Pattern = AT,
     *,
     scaling: Literal["standard", "rslora"] = "standard",
-    dropout: float = 0.0,
+    dropout: Any = 0.0,
     init: Init = "kaiming",
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, Any] | None = None,
@@ -116,7 +117,8 @@ def lora(
       alpha: the numerator of the scale; `2 * rank` where None. May be an array (traced, vmapped in a sweep).
       at: pattern of weights: kernels of any layout, embeddings, convolutions, stacked layers.
       scaling: "standard" (alpha / r) or "rslora" (alpha / sqrt(r)).
-      dropout: probability of dropping an input of A; acts where `apply` is given a `dropout_key`.
+      dropout: probability of dropping an input of A; acts where `apply` is given a `dropout_key`. May be an array, as
+        `alpha`.
       init: of A: "kaiming" (the reference code), "gaussian" (the paper's text), "zeros".
       rank_pattern, alpha_pattern: exceptions by pattern; the first that matches a path counts.
       name: the key of its delta in a chain.

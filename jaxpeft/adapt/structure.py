@@ -84,6 +84,11 @@ def structure(apply_fn: ApplyFn, params: Params, inputs: Sequence[Any], kwargs: 
                 )
             return next_fun(*args, **kwargs)
         given = _bound(context.module, args, kwargs).arguments
+        if given.get("cache") is not None:
+            raise ValueError(
+                "a side network has no cache of its own: it would see each continuation without what stands before it. "
+                "Generate by full passes, or with another method"
+            )
         raise _Reached(
             Structure(
                 config,

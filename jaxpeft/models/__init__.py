@@ -9,11 +9,13 @@ stand `attention/{query,key,value,out}`, `attention_norm`, `mlp/{up,down,gate}`,
 carries the name "hidden", the embeddings "embedded", the last state "final_hidden" (`checkpoint_name`).
 """
 
+from jaxpeft.models.cache import FULL, INT8, Cache, Storage, new_cache
 from jaxpeft.models.clip import Clip, ClipConfig, ClipTextConfig, TextTower, contrastive_loss
 from jaxpeft.models.decoder import Decoder, DecoderBlock, DecoderConfig, Rope, positions_from_mask
 from jaxpeft.models.encoder import Encoder, EncoderBlock, EncoderConfig, SequenceClassifier, mean_pool
 from jaxpeft.models.encoder_decoder import CrossBlock, EncoderDecoder, EncoderDecoderConfig, shift_right
 from jaxpeft.models.folder import ModelFolderError
+from jaxpeft.models.generation import Generated, Sampling, decoding, generate
 from jaxpeft.models.layers import (
     ACTIVATIONS,
     Attention,
@@ -34,6 +36,7 @@ __all__ = [
     "AttentionCore",
     "Block",
     "BlockConfig",
+    "Cache",
     "Clip",
     "ClipConfig",
     "ClipTextConfig",
@@ -46,21 +49,29 @@ __all__ = [
     "EncoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
+    "FULL",
+    "Generated",
+    "INT8",
     "ImageClassifier",
     "Mlp",
     "ModelFolderError",
     "Rope",
+    "Sampling",
     "SequenceClassifier",
+    "Storage",
     "TRANSFORMS",
     "TextTower",
     "VisionConfig",
     "VisionTransformer",
     "contrastive_loss",
+    "decoding",
+    "generate",
     "hf_name",
     "load_classifier",
     "load_model",
     "mean_pool",
     "model_from_config",
+    "new_cache",
     "our_name",
     "positions_from_mask",
     "save_model",

@@ -25,7 +25,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxpeft.models.cache import Cache, Cell, write
 from jaxpeft.models.layers import (
+    MASKED,
     Block,
     BlockConfig,
     attention_bias,
@@ -250,6 +252,9 @@ class Decoder(nn.Module):
 
     `attention_mask` is 1 at tokens, 0 at padding on either side. Positions run 0, 1, ... over the columns if not given;
     `positions_from_mask` gives those that do not count padding on the left. Logits at padding mean nothing.
+
+    With a `cache` (see `cache.py`) the ids continue what it holds and the result is `(logits, cache)`; positions then
+    run on from its length if not given. `last_only` computes the last column's logits alone, (b, 1, vocab).
     """
 
     config: DecoderConfig
@@ -262,19 +267,36 @@ class Decoder(nn.Module):
         *,
         positions: Int[Array, "#b t"] | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "b s v"]:
+        cache: Cache | None = None,
+        last_only: bool = False,
+    ) -> Float[Array, "b s v"] | tuple[Float[Array, "b s v"], Cache]:
         c = self.config
         checked_mask(attention_mask, input_ids)
         if positions is not None and positions.shape not in (input_ids.shape, (1, input_ids.shape[1])):
             raise ValueError(f"positions has shape {positions.shape}, input_ids {input_ids.shape}; they must be equal")
+        if cache is not None and positions is None:
+            positions = cache.length[:, None] + jnp.arange(input_ids.shape[1])[None]
         embeddings = DecoderEmbeddings(c, name="embeddings")
         x, positions = embeddings(input_ids, positions, deterministic)
         x = checkpoint_name(x, "embedded")
-        bias = attention_bias(extend_left(attention_mask, x.shape[1], 1), x.shape[1], causal=True)
         rotary = rotary_angles(c.rope, positions, c.head_dim) if c.family == "llama" else None
-        x = run_layers(DecoderBlock, c, x, bias, rotary, deterministic=deterministic)
+        if cache is None:
+            bias = attention_bias(extend_left(attention_mask, x.shape[1], 1), x.shape[1], causal=True)
+            x = run_layers(DecoderBlock, c, x, bias, rotary, deterministic=deterministic)
+        else:
+            if x.shape[:2] != input_ids.shape:
+                raise ValueError(
+                    f"{input_ids.shape[1]} ids became {x.shape[1]} embeddings: virtual tokens would stand before every "
+                    "continuation again. Generate without a cache, or with another method than prompt tuning"
+                )
+            cache, bias = _continued(c, cache, attention_mask, input_ids)
+            x, cache = _run_cached(c, x, bias, rotary, deterministic, cache)
+        x = x[:, -1:] if last_only else x
         x = checkpoint_name(norm(c, "final_norm")(x), "final_hidden")
-        return embeddings.attend(x) if c.tied else dense(c, c.vocab, use_bias=False, name="lm_head")(x)
+        logits = embeddings.attend(x) if c.tied else dense(c, c.vocab, use_bias=False, name="lm_head")(x)
+        if cache is None:
+            return logits
+        return logits, dataclasses.replace(cache, length=cache.length + input_ids.shape[1])
 
     @nn.nowrap
     def dummy_inputs(self) -> tuple[Array, ...]:
@@ -294,6 +316,54 @@ class Decoder(nn.Module):
         """The prefix that files may or may not carry, and patterns of tensors that may be left unread."""
         prefix = {"gpt2": "transformer.", "llama": "model."}[self.config.family]
         return prefix, (r"lm_head\.weight",) if self.config.tied else ()
+
+
+def _continued(
+    config: DecoderConfig, cache: Cache, mask: Int[Array, "b t"] | None, input_ids: Int[Array, "b t"]
+) -> tuple[Cache, Float[Array, "b 1 t c"]]:
+    """The cache with the new columns marked, and the bias of the new queries over all columns."""
+    b, t = input_ids.shape
+    if cache.real.shape[0] != b or t > cache.capacity:
+        raise ValueError(f"{b} rows of {t} columns for a cache of {cache.real.shape[0]} rows of {cache.capacity}")
+    if len(cache.layers) != config.layers and not config.scan:
+        raise ValueError(
+            f"a cache of {len(cache.layers)} layers for a decoder of {config.layers}: make it by its config"
+        )
+    new = jnp.ones((b, t), bool) if mask is None else mask != 0
+    real = write(cache.real, new, cache.length)
+    column = jnp.arange(cache.capacity)[None, None, :]
+    query = cache.length[:, None, None] + jnp.arange(t)[None, :, None]
+    seen = real[:, None, :] & (column <= query)
+    return dataclasses.replace(cache, real=real), jnp.where(seen, 0.0, MASKED).astype(jnp.float32)[:, None]
+
+
+def _run_cached(
+    config: DecoderConfig, x: Array, bias: Array, rotary: Any, deterministic: bool, cache: Cache
+) -> tuple[Array, Cache]:
+    """`run_layers` where each layer extends its store; inside a compact method."""
+
+    def body(layer: nn.Module, x: Array, store: Any, bias: Array, rotary: Any, at: Array) -> tuple[Array, Any]:
+        cell = Cell(cache.storage, store, at)
+        y = layer(x, bias, deterministic, rotary, cell)  # pyright: ignore[reportCallIssue]
+        return checkpoint_name(y, "hidden"), cell.store
+
+    shared = (bias, rotary, cache.length)
+    if config.scan:
+        loop = nn.scan(
+            body,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(1, *(nn.broadcast,) * len(shared)),  # pyright: ignore[reportArgumentType]
+            out_axes=1,
+            length=config.layers,
+        )
+        x, layers = loop(DecoderBlock(config, name="layers"), x, cache.layers, *shared)
+        return x, dataclasses.replace(cache, layers=layers)
+    stores = []
+    for i in range(config.layers):
+        x, store = body(DecoderBlock(config, name=f"layers_{i}"), x, cache.layers[i], *shared)
+        stores.append(store)
+    return x, dataclasses.replace(cache, layers=tuple(stores))
 
 
 def rotary_angles(rope: Rope, positions: Int[Array, "b t"], head_dim: int) -> tuple[Array, Array]:

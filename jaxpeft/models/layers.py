@@ -221,7 +221,10 @@ class AttentionCore(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention over `x`, or from `x` over `memory`; no dropout of its own."""
+    """Multi-head attention over `x`, or from `x` over `memory`; no dropout of its own.
+
+    With a `cell` (see `cache`) keys and values of `x` go behind those it keeps, and attention is over all of them.
+    """
 
     config: BlockConfig
 
@@ -232,6 +235,7 @@ class Attention(nn.Module):
         bias: Float[Array, "#b #h #tq tk"] | None = None,
         memory: Float[Array, "b tk d"] | None = None,
         rotary: tuple[Array, Array] | None = None,
+        cell: Any = None,
     ) -> Float[Array, "b tq d"]:
         c = self.config
         g = c.kv_heads or c.heads
@@ -250,6 +254,8 @@ class Attention(nn.Module):
         v = v.reshape(*v.shape[:2], g, c.head_dim)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
+        if cell is not None:
+            k, v = cell.extend(k, v)
         y = AttentionCore(c.attention_scale, c.plain, name="core")(q, k, v, bias)
         return dense(c, c.width, use_bias=c.out_bias, name="out")(y.reshape(*y.shape[:2], c.heads * c.head_dim))
 
@@ -288,6 +294,7 @@ class Block(nn.Module):
         bias: Float[Array, "#b #h #t t"] | None = None,
         deterministic: bool = True,
         rotary: tuple[Array, Array] | None = None,
+        cell: Any = None,
     ) -> Float[Array, "b t d"]:
         c = self.config
         attention, mlp = Attention(c, name="attention"), Mlp(c, name="mlp")
@@ -296,10 +303,10 @@ class Block(nn.Module):
         n = slice(1 if self.first_only else None)
         if c.pre_norm:
             memory = attention_norm(x)
-            y = attention(memory[:, n], bias, memory if self.first_only else None, rotary)
+            y = attention(memory[:, n], bias, memory if self.first_only else None, rotary, cell)
             x = x[:, n] + drop(y, deterministic=deterministic)
             return x + mlp(mlp_norm(x), deterministic)
-        y = attention(x[:, n], bias, x if self.first_only else None, rotary)
+        y = attention(x[:, n], bias, x if self.first_only else None, rotary, cell)
         x = attention_norm(x[:, n] + drop(y, deterministic=deterministic))
         return mlp_norm(x + mlp(x, deterministic))
 

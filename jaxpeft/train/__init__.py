@@ -1,8 +1,11 @@
 """Training deltas: the step, the loop, sharding, checkpoints, metrics, and whole runs."""
 
 from jaxpeft.train.checkpoints import CheckpointError, Checkpoints
+from jaxpeft.train.chunks import MemoryLimitError
 from jaxpeft.train.loop import Compiled, Fit, Interrupted, NonFiniteError, Scores, evaluate, fit
 from jaxpeft.train.metrics import Metrics, accuracy, f1_by_class, macro_f1
+from jaxpeft.train.population import Population, Run, Runs, run_of, side_by_side
+from jaxpeft.train.programs import SweepError
 from jaxpeft.train.run import Config, ConfigError, finetune, load, open_run, predict
 from jaxpeft.train.sharding import base_spec, make_mesh, place_base, place_batch, place_state, pmap_step
 from jaxpeft.train.step import (
@@ -16,6 +19,7 @@ from jaxpeft.train.step import (
     make_step,
     text_classification,
 )
+from jaxpeft.train.sweep import Result, Swept, grid, sweep
 
 __all__ = [
     "CheckpointError",
@@ -25,9 +29,16 @@ __all__ = [
     "ConfigError",
     "Fit",
     "Interrupted",
+    "MemoryLimitError",
     "Metrics",
     "NonFiniteError",
+    "Population",
+    "Result",
+    "Run",
+    "Runs",
     "Scores",
+    "SweepError",
+    "Swept",
     "Task",
     "TrainState",
     "accuracy",
@@ -38,6 +49,7 @@ __all__ = [
     "f1_by_class",
     "finetune",
     "fit",
+    "grid",
     "image_classification",
     "language_modelling",
     "load",
@@ -51,5 +63,8 @@ __all__ = [
     "place_state",
     "pmap_step",
     "predict",
+    "run_of",
+    "side_by_side",
+    "sweep",
     "text_classification",
 ]

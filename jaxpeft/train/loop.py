@@ -40,6 +40,15 @@ class Compiled:
         self.seconds = 0.0
 
     def __call__(self, *args: Any) -> Any:
+        return self.program(*args)(*args)
+
+    @property
+    def count(self) -> int:
+        """Programs so far."""
+        return len(self._programs)
+
+    def program(self, *args: Any) -> Any:
+        """The compiled program for these arguments, or for `jax.ShapeDtypeStruct`s in their places."""
         key = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(args[-1]))
         if key not in self._programs:
             start = time.perf_counter()
@@ -50,7 +59,7 @@ class Compiled:
                 held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
                 self.peak_bytes = max(self.peak_bytes, held + memory.temp_size_in_bytes)
                 self.temporary_bytes = max(self.temporary_bytes, memory.temp_size_in_bytes)
-        return self._programs[key](*args)
+        return self._programs[key]
 
 
 class Scores(NamedTuple):

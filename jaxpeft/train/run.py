@@ -153,9 +153,13 @@ def parse_options(method: str, options: tuple[str, ...]) -> dict[str, Any]:
 
 
 def build_method(config: Config, **overrides: Any) -> Method:
-    """The configured method, with the task's head trained along: it is new, so every method has to train it."""
+    """The configured method, with the task's head trained along."""
     factory = entry(config.method).factory
-    method = factory(**{**parse_options(config.method, config.options), **overrides})
+    return with_head(config, factory(**{**parse_options(config.method, config.options), **overrides}))
+
+
+def with_head(config: Config, method: Method) -> Method:
+    """The method and the task's head: it is new, so every method has to train it."""
     return method if config.method in ("full", "head") else chain(method, head_method())
 
 

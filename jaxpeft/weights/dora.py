@@ -42,7 +42,7 @@ def dora(
     scale: ArrayLike = 1.0,
     *,
     key: Key[Array, "*stack"] | None = None,
-    dropout: float = 0.0,
+    dropout: ArrayLike = 0.0,
 ) -> Factored:
     """A weight that equals `magnitude * (w + scale a b) / |w + scale a b|`, columns along the outer axes.
 

@@ -11,6 +11,7 @@ meets a before b, whatever side of the product the weight is on, however its axe
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from jaxpeft import trees
+from jaxpeft.kernels.low_rank_matmul import low_rank_matmul
+from jaxpeft.weights import products
 from jaxpeft.weights.array_like import ArrayLike, Dims
 
 STATIC: dict[str, Any] = {"static": True}
@@ -43,11 +46,11 @@ class Factor:
 @jtu.register_dataclass
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout on the input of one term. `key` has shape () or, in stacked layers, that of `axes`."""
+    """Dropout on the input of one term: `key` has shape () or, in stacked layers, that of `axes`; `rate` may be traced."""
 
     key: Key[Array, "..."]
     axes: str = field(metadata=STATIC)
-    rate: float = field(metadata=STATIC)
+    rate: Float[Array, ""]
 
     def __call__(self, x: Array) -> Array:
         keep = jax.random.bernoulli(self.key, 1.0 - self.rate, x.shape)
@@ -72,11 +75,13 @@ class Factored(ArrayLike):
       terms: what is summed.
       gain: factors common to all terms, with letters of the value only.
       axes: for each axis of the value the letters it is made of, slowest first; "" is an axis of size one.
+      backend: how a low-rank sum is multiplied; see `products`.
     """
 
     terms: tuple[Term, ...]
     gain: tuple[Factor, ...]
     axes: tuple[str, ...] = field(metadata=STATIC)
+    backend: products.Backend = field(default="auto", metadata=STATIC)
 
     # ------------------------------------------------------------------------------------------------- as an array
 
@@ -235,14 +240,45 @@ class Factored(ArrayLike):
         for f in before:
             x = Factor(x.value * _spread(f, x.axes).astype(x.value.dtype), x.axes)
         kind = options.get("preferred_element_type") or jnp.result_type(x.value.dtype, self.dtype)
-        total: Any = None
-        for term in self.terms:
-            start = Factor(term.dropout(x.value), x.axes) if term.dropout else x
-            y = _einsum([start, *term.factors], out, sizes, first=True, **options).astype(kind)
-            total = y if total is None else total + y
+
+        def each_term(value: "Factored", x: Factor) -> Array:
+            total: Any = None
+            for term in value.terms:
+                start = Factor(term.dropout(x.value), x.axes) if term.dropout else x
+                y = _einsum([start, *term.factors], out, sizes, first=True, **options).astype(kind)
+                total = y if total is None else total + y
+            return jnp.broadcast_to(total, tuple(sizes[c] for c in out))
+
+        inner = self.low_rank_of(x.axes, out) if kind == x.value.dtype else None
+        if inner is None or self.backend == "xla":
+            total = each_term(self, x)
+        else:
+            total = _low_rank_product(self, x, inner, each_term, options)
         for f in after:
             total = total * _spread(f, out).astype(total.dtype)
         return jnp.broadcast_to(total, tuple(sizes[c] for c in out))
+
+    def low_rank_of(self, x: str, out: str) -> str | None:
+        """The contracted letters, where this is `w + a s b` and `einsum(x, self -> out)` one matrix product with it."""
+        if len(self.terms) != 2 or len(self.terms[0].factors) != 1 or len(self.terms[1].factors) != 3:
+            return None
+        (w,), (a, s, b) = self.terms[0].factors, self.terms[1].factors
+        inner = "".join(c for c in w.axes if c not in out)
+        outer = w.axes[len(inner) :]
+        lead = x[: len(x) - len(inner)]
+        shared = [c for c in a.axes if c in b.axes]
+        fits = (
+            len(shared) == 1
+            and not s.axes
+            and inner
+            and w.axes.startswith(inner)
+            and x == lead + inner
+            and out == lead + outer
+            and a.axes == inner + shared[0]
+            and b.axes == shared[0] + outer
+            and not set(lead) & set(w.axes)
+        )
+        return inner if fits else None
 
     def take(self, axis: int, look_up: Callable[[Array, int], Array]) -> Any:
         letter = self.axes[axis]
@@ -316,6 +352,41 @@ class Factored(ArrayLike):
                 return NotImplemented
             total = h if total is None else total + h
         return total.astype(params["preferred_element_type"] or total.dtype)
+
+
+def _low_rank_product(
+    value: Factored, x: Factor, inner: str, plain: Callable[[Factored, Factor], Array], options: dict[str, Any]
+) -> Array:
+    """The product of `x` with `value`, `low_rank_of` which is `inner`, as `products` chooses."""
+    (w,), (a, s, b) = value.terms[0].factors, value.terms[1].factors
+    k = math.prod(w.value.shape[: len(inner)])
+    m, n, r = x.value.size // k, w.value.size // k, b.value.shape[0]
+    lead, outer = x.value.shape[: x.value.ndim - len(inner)], w.value.shape[len(inner) :]
+    choice = functools.partial(products.chosen, m, k, n, r, value.backend, local=products.is_local(x.value))
+    drop = value.terms[1].dropout
+    if choice("cpu") == "merged" and drop is None:
+        kind = x.value.dtype
+        flat = [w.value.reshape(k, n), a.value.reshape(k, r), b.value.reshape(r, n) * s.value.astype(b.value.dtype)]
+        y = products.merged(options.get("precision"), x.value.reshape(m, k), *(f.astype(kind) for f in flat))
+        return y.reshape(*lead, *outer)
+
+    def kernel(value: Factored, x: Factor) -> Array:
+        (w,), (a, s, b) = value.terms[0].factors, value.terms[1].factors
+        drop = value.terms[1].dropout
+        y = low_rank_matmul(
+            x.value.reshape(m, k),
+            w.value.reshape(k, n),
+            a.value.reshape(k, r),
+            b.value.reshape(r, n),
+            s.value,
+            key=None if drop is None else drop.key,
+            dropout=0.0 if drop is None else drop.rate,
+            precision=options.get("precision"),
+        )
+        return y.reshape(*lead, *outer)
+
+    special = {p: kernel for p in ("tpu", "cuda") if choice(p) == "kernel"}
+    return lax.platform_dependent(value, x, **special, default=plain) if special else plain(value, x)
 
 
 def _conv_term(term: Term, x: Array, params: dict[str, Any], o: str, i: str, k: str) -> Any:

@@ -13,7 +13,7 @@ def low_rank(
     scale: ArrayLike = 1.0,
     *,
     key: Key[Array, "*stack"] | None = None,
-    dropout: float = 0.0,
+    dropout: ArrayLike = 0.0,
 ) -> Factored:
     """A weight that equals `w + scale * a @ b` and is multiplied as `x w + scale (x a) b`.
 
@@ -23,12 +23,14 @@ def low_rank(
       a, b: the factors.
       scale: a scalar, or one number per stacked layer.
       key: turns dropout on for the input of the low-rank product, one key per stacked layer.
-      dropout: the probability that an input is dropped there.
+      dropout: the probability that an input is dropped there; a number or, in a sweep, a traced scalar. Only the number
+        0 leaves dropout out of the program.
     """
     s, i, o = letters(w, a, b)
     scale = jnp.asarray(scale)
+    on = not (isinstance(dropout, int | float) and dropout == 0)
     update = Term(
         (Factor(a, s + i + "r"), Factor(scale, s[: scale.ndim]), Factor(b, s + "r" + o)),
-        Dropout(key, s, dropout) if key is not None and dropout else None,
+        Dropout(key, s, jnp.asarray(dropout, jnp.float32)) if key is not None and on else None,
     )
     return Factored((Term((Factor(w, s + i + o),)), update), (), tuple(s + i + o))
