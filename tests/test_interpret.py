@@ -425,7 +425,7 @@ def test_convolutions_in_other_layouts_and_the_library_transpose():
 def test_dropout_acts_on_the_input_of_the_update_alone(key):
     x, value = draw(5, 8), low(SHAPE, key=key, dropout=0.5)
     w, a, b = draw(*SHAPE), draw(8, 2, seed=1), draw(2, 6, seed=2)
-    kept = jax.random.bernoulli(key, 0.5, x.shape)
+    kept = jax.random.bernoulli(key, jnp.float32(0.5), x.shape)
     got = lift(jnp.dot, "refuse")(x, value)
     np.testing.assert_allclose(got, x @ w + 0.7 * jnp.where(kept, 2 * x, 0) @ a @ b, atol=TOLERANCE)
     np.testing.assert_allclose(value.dense(), w + 0.7 * a @ b, atol=TOLERANCE), "there is no input to drop"
@@ -443,7 +443,7 @@ def test_dropout_keeps_the_mean_and_layers_draw_apart(key):
     assert not np.allclose(sums[0], sums[1])
 
 
-def test_the_rate_of_dropout_is_static_and_its_key_is_an_array(key):
+def test_key_and_rate_of_dropout_are_arrays_and_a_rate_of_zero_leaves_it_out(key):
     value = low(SHAPE, key=key, dropout=0.5)
     assert isinstance(value.terms[1].dropout, Dropout)
     assert any(jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(value))

@@ -385,7 +385,7 @@ def _low_rank_product(
         )
         return y.reshape(*lead, *outer)
 
-    special = {p: kernel for p in ("tpu", "cuda") if choice(p) == "kernel"}
+    special = {p: kernel for p in ("cpu", "tpu", "cuda") if choice(p) == "kernel"}
     return lax.platform_dependent(value, x, **special, default=plain) if special else plain(value, x)
 
 
