@@ -1,4 +1,4 @@
-"""Makes experiments/README.md and the results in README.md from the files in experiments/results.
+"""Makes experiments/README.md, bench/README.md and the results in README.md from the files in experiments/results.
 
 python experiments/report.py            writes both
 python experiments/report.py --check    exits with 1 where one is stale
@@ -18,16 +18,30 @@ def results() -> dict[str, dict[str, Any]]:
 
 
 def experiments_page(found: dict[str, dict[str, Any]]) -> str:
-    """One section an experiment: its claim, its verdict, its numbers, and what `notes/<slug>.md` makes of them."""
+    """One section a paper's experiment: its claim, its verdict, its numbers, and what `notes/<slug>.md` makes of them."""
     lines = [
         "# Experiments",
         "",
         "Made by `python experiments/report.py` from `results/*.json`; a test fails when it is stale. Each script states its",
-        "claim before it runs, tunes on validation data only, and looks at the test split once.",
+        "claim before it runs, tunes on validation data only, and looks at the test split once. Costs: `bench/README.md`.",
         "",
     ]
-    if not found:
-        lines.append("No results are committed yet.")
+    return _page(lines, {k: r for k, r in found.items() if not k.startswith("bench_")}, "results")
+
+
+def bench_page(found: dict[str, dict[str, Any]]) -> str:
+    """One section a benchmark."""
+    lines = [
+        "# Costs",
+        "",
+        "Made by `python experiments/report.py` from `../results/bench_*.json`, which the scripts here write; a test fails",
+        "when it is stale. What a compiler says of a device that was not there is a prediction and is called so.",
+        "",
+    ]
+    return _page(lines, {k: r for k, r in found.items() if k.startswith("bench_")}, "../results")
+
+
+def _page(lines: list[str], found: dict[str, dict[str, Any]], folder: str) -> str:
     for slug, r in found.items():
         lines += [f"## {slug}", ""]
         if "claims" in r:
@@ -35,17 +49,24 @@ def experiments_page(found: dict[str, dict[str, Any]]) -> str:
             lines += [f"| {c['claim']} | {c['verdict']} | {c.get('evidence', '')} |" for c in r["claims"]]
             lines.append("")
         if "rows" in r:
-            columns = [c for c, x in r["rows"][0].items() if not isinstance(x, list)]  # per-seed numbers: in the file
+            rows = [_flat(row) for row in r["rows"]]
+            columns = [c for c, x in rows[0].items() if not isinstance(x, list)]  # per-seed numbers: in the file
             lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-            lines += ["| " + " | ".join(_text(row.get(c)) for c in columns) + " |" for row in r["rows"]]
+            lines += ["| " + " | ".join(_text(row.get(c)) for c in columns) + " |" for row in rows]
             lines.append("")
         if (note := HERE / "notes" / f"{slug}.md").exists():
             lines += [note.read_text().strip(), ""]
         if bench := bench_lines(r):
             lines += [*bench, ""]
         if (HERE / "results" / f"{slug}.png").exists():
-            lines += [f"![{slug}](results/{slug}.png)", ""]
+            lines += [f"![{slug}]({folder}/{slug}.png)", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Columns of columns side by side."""
+    pairs = ((k, v if isinstance(v, dict) else {"": v}) for k, v in row.items())
+    return {f"{k} {name}".strip(): x for k, inner in pairs for name, x in inner.items()}
 
 
 def bench_lines(r: dict[str, Any]) -> list[str]:
@@ -127,7 +148,11 @@ def pages() -> dict[Path, str]:
     readme = ROOT / "README.md"
     text = with_block(readme.read_text(), "methods", methods_block())
     text = with_block(text, "costs", costs_block(found))
-    return {HERE / "README.md": experiments_page(found), readme: with_block(text, "memory", memory_block(found))}
+    return {
+        HERE / "README.md": experiments_page(found),
+        HERE / "bench" / "README.md": bench_page(found),
+        readme: with_block(text, "memory", memory_block(found)),
+    }
 
 
 def main() -> int:

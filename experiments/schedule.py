@@ -26,7 +26,7 @@ class Region:
 
 
 def dump_into(folder: Path) -> None:
-    """Makes the TPU compiler leave its schedules there. To be called before JAX is imported."""
+    """Makes the TPU compiler leave its schedules there. To be called before anything is compiled for a TPU."""
     os.environ["LIBTPU_INIT_ARGS"] = (
         f"--xla_jf_dump_to={folder} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true"
     )

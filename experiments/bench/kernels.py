@@ -18,23 +18,16 @@ Stated before running, each to be reported as holding or not:
 import argparse
 import functools
 import math
+import os
+import re
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import os
-import re
-
-import schedule
-
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-DUMP = Path(tempfile.mkdtemp(prefix="jaxpeft-schedules-"))
-schedule.dump_into(DUMP)
 
 import jax
 import jax.numpy as jnp
-import record
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -44,8 +37,13 @@ from jaxpeft.kernels.low_rank_matmul import Blocks
 from jaxpeft.kernels.platforms import VMEM_BYTES, dot, tpu_params
 from jaxpeft.kernels.workloads import PRODUCTS
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import record
+import schedule
+
 KIND, DTYPE = "v5e", jnp.bfloat16
 MATRIX_UNITS = 4
+DUMP = Path(tempfile.mkdtemp(prefix="jaxpeft-schedules-"))
 
 
 def plain_matmul(x, w, blocks: Blocks):
@@ -178,6 +176,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     args = parser.parse_args()
     out = args.out or (None if args.smoke else record.RESULTS / "bench_kernels.json")
+    schedule.dump_into(DUMP)
     rows = []
     for p in PRODUCTS[-1:] if args.smoke else PRODUCTS:
         rows.append(row_of(p))
