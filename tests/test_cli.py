@@ -109,4 +109,4 @@ def test_sweep_over_ranks_and_dropouts_halves_and_tells_where_each_stopped(tmp_p
     ]
     assert sorted((r["steps"], r["ended"]) for r in rows) == [(2, "halved")] * 2 + [(3, "finished")] * 2
     assert sorted(r["rank_in_sweep"] for r in rows) == [1, 2, 3, 4]
-    assert "2 (halved)" in capsys.readouterr().out
+    assert "2 halved" in capsys.readouterr().out

@@ -170,14 +170,14 @@ def sweep_table(rows: Sequence[dict[str, Any]]) -> Any:
     """The settings, best first."""
     swept = [name for name in AXES if name in rows[0]]
     table = table_of(
-        (*swept, "validation accuracy", "macro-F1", "last loss", "steps"),
+        (*(name.replace("weight_", "") for name in swept), "validation", "macro-F1", "last loss", "steps"),
         [
             (
                 *(f"{r[name]:g}" for name in swept),
                 f"{100 * r['validation_accuracy']:.2f} %",
                 f"{r['validation_macro_f1']:.4f}",
-                f"{r['loss']:.4f}" if r["first_bad_step"] < 0 else f"not finite from step {r['first_bad_step']}",
-                f"{r['steps']}{' (halved)' if r['ended'] == 'halved' else ''}",
+                f"{r['loss']:.4f}" if r["first_bad_step"] < 0 else f"bad at {r['first_bad_step']}",
+                f"{r['steps']}{' halved' if r['ended'] == 'halved' else ''}",
             )
             for r in sorted(rows, key=lambda r: r["rank_in_sweep"])
         ],

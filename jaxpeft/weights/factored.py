@@ -367,7 +367,7 @@ def _low_rank_product(
     if choice("cpu") == "merged" and drop is None:
         kind = x.value.dtype
         flat = [w.value.reshape(k, n), a.value.reshape(k, r), b.value.reshape(r, n) * s.value.astype(b.value.dtype)]
-        y = products.merged(options.get("precision"), x.value.reshape(m, k), *(f.astype(kind) for f in flat))
+        y: Any = products.merged(options.get("precision"), x.value.reshape(m, k), *(f.astype(kind) for f in flat))
         return y.reshape(*lead, *outer)
 
     def kernel(value: Factored, x: Factor) -> Array:
