@@ -70,9 +70,9 @@ class Setup:
     pretraining_steps: int = 600
     pretraining_batch: int = 64
     pretraining_rate: float = 1e-3
-    steps: int = 480
+    steps: int = 320
     batch: int = 32
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     tuning_seeds: int = 2
     seeds: int = 5
     cost_batch: int = 64

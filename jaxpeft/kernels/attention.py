@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 from jaxpeft.kernels import attention_gpu, attention_tpu
 from jaxpeft.kernels.attention_blocks import MAX_PREFIX, MAX_WIDTH, Blocks, Operands, Plan
 from jaxpeft.kernels.block_selection import Selection
-from jaxpeft.kernels.platforms import VMEM_BYTES, Backend, KernelError, on_platform, wide
+from jaxpeft.kernels.platforms import VMEM_BYTES, Backend, KernelError, on_platform, same_variance, wide
 from jaxpeft.kernels.positions import Position, position_bias, rotated
 
 __all__ = ["attention", "merge_attentions", "reference"]
@@ -89,13 +89,12 @@ def attention(
       (1, 4, 2, 8)
     """
     _check(q, k, v, prefix, position, selection, key_mask, blocks)
-    b, t, h, d = q.shape
-    scale = d**-0.5 if scale is None else scale
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     position = Position() if position is None else position
     q, k = rotated(q, k, position, offset)
     standard = prefix is None and position.slopes is None and selection is None and not with_lse and not offset
     if backend == "auto" and standard and blocks is None and precision is None and q.dtype != jnp.float64:
-        return _standard(q, k, v, key_mask, causal, scale)
+        return _standard(q, k, v, key_mask, causal, factor)
     if not q.size or not k.shape[1]:
         raise KernelError(f"q {q.shape}, k {k.shape}: at least one of each axis")
     slopes = None
@@ -103,7 +102,7 @@ def attention(
         sums = wide(q.dtype)
         slopes = jnp.asarray(position.slopes, sums) * jnp.asarray(position.slope_weight, sums)
     plan = Plan(
-        float(scale),
+        factor,
         causal,
         offset,
         position.distance,
@@ -117,10 +116,14 @@ def attention(
         prefix = (prefix[0].astype(q.dtype), prefix[1].astype(q.dtype))
     mask = None if key_mask is None else key_mask.astype(jnp.int32)
     selected = None if selection is None else selection.mask
+    x = Operands(q, k, v, prefix, slopes, mask, selected)
     if backend == "xla":
-        o, lse = reference(plan, Operands(q, k, v, prefix, slopes, mask, selected))
+        o, lse = reference(plan, x)
     else:
-        o, lse = _attention(plan, q, k, v, prefix, slopes, mask, selected)
+        leaves, tree = jax.tree.flatten(x)
+        # Outside the custom gradient, so that what is shared over a mesh has its gradients summed.
+        found: Any = _attention(plan, *jax.tree.unflatten(tree, same_variance(*leaves)))
+        o, lse = found
     return (o, lse.swapaxes(1, 2)) if with_lse else o
 
 
@@ -191,6 +194,7 @@ def _check(
 
 
 def _standard(q: Array, k: Array, v: Array, key_mask: Any, causal: bool, scale: float) -> Array:
+    key_mask = None if key_mask is None else key_mask.astype(bool)
     mask = None if key_mask is None else key_mask[:, None, None, :]
     o = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=scale)
     if key_mask is None:
@@ -264,9 +268,7 @@ def _forward(plan: Plan, *parts: Any) -> tuple[Any, Any]:
     is_leaf = lambda z: hasattr(z, "perturbed")
     x = Operands(*jax.tree.map(lambda z: z.value, parts, is_leaf=is_leaf))
     # A pytree without leaves says which gradients are wanted: a bool would become an array.
-    wanted = tuple(
-        () if any(z.perturbed for z in jax.tree.leaves(part, is_leaf=is_leaf)) else None for part in parts
-    )
+    wanted = tuple(() if any(z.perturbed for z in jax.tree.leaves(part, is_leaf=is_leaf)) else None for part in parts)
     o, lse = _run(plan, x)
     return (o, lse), (x, o, lse, wanted)
 
@@ -284,8 +286,8 @@ def _backward(plan: Plan, saved: Any, cotangents: Any) -> tuple[Any, ...]:
 
     def xla(do: Array, dlse: Array, o: Array, lse: Array, *leaves: Array) -> Any:
         x = jax.tree.unflatten(tree, leaves)
-        floats = x[:5]
-        _, pull = jax.vjp(lambda *f: reference(plan, Operands(*f, x.key_mask, x.selected)), *floats)
+        floats = (x.q, x.k, x.v, x.prefix, x.slopes)
+        _, pull = jax.vjp(lambda q, k, v, p, s: reference(plan, x._replace(q=q, k=k, v=v, prefix=p, slopes=s)), *floats)
         dq, dk, dv, dprefix, dslopes = pull((do, jnp.where(lse > -jnp.inf, dlse, jnp.zeros((), sums))))
         return (
             dq if want_q else None,
@@ -305,7 +307,7 @@ def _backward(plan: Plan, saved: Any, cotangents: Any) -> tuple[Any, ...]:
         if want_q or want_slopes:
             dq, slant = module.backward_queries(plan, x, *rows, with_slopes=want_slopes, interpret=interpret)
             dq = dq if want_q else None
-            dslopes = slant.sum((0, 2)) if want_slopes else None
+            dslopes = None if slant is None else slant.sum((0, 2))
         if want_k or want_v:
             dkv = module.backward_keys(plan, x, *rows, prefix=False, interpret=interpret)
         if want_prefix:

@@ -78,6 +78,13 @@ class Sizes(NamedTuple):
         return self.h // self.g
 
 
+def product(x: Array, y: Array, contract: tuple[int, int], precision: Any) -> Array:
+    """`dot`, of a single row in float32: Mosaic fails to compile that of 16-bit types."""
+    if 1 in (*x.shape, *y.shape):
+        x, y = x.astype(wide(x.dtype)), y.astype(wide(y.dtype))
+    return dot(x, y, contract, precision)
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """Lengths of a block of queries and of keys; `for_tpu` and `for_gpu` choose, `check_tpu` and `check_gpu` refuse."""
@@ -211,7 +218,7 @@ class Tile:
     def scores(self, q: Array, k: Array, slope: Array | None, key_mask: Array | None) -> Array:
         """Scores, HIDDEN where not seen; q and k as (rows, d), `key_mask` broadcasts along the queries."""
         x, y = (q, k) if self.axis == 0 else (k, q)
-        s = dot(x, y, (1, 1), self.plan.precision) * self.plan.scale
+        s = product(x, y, (1, 1), self.plan.precision) * self.plan.scale
         if slope is not None and not self.prefix:
             s = s - slope * self.distance(s.shape, s.dtype)
         seen = self._seen(s.shape, key_mask)
@@ -249,7 +256,7 @@ def online(
     return (
         new,
         total * shrink + p.sum(axis=1, keepdims=True),
-        mean * shrink + dot(p.astype(v.dtype), v, (1, 0), tile.plan.precision),
+        mean * shrink + product(p.astype(v.dtype), v, (1, 0), tile.plan.precision),
     )
 
 
@@ -269,7 +276,7 @@ def weights_and_slant(
     p = jnp.where(hidden, zero, jnp.exp(s - lse))
     x, y = (do, v) if tile.axis == 0 else (v, do)
     # Chosen again: beyond the last query delta is whatever lies there.
-    return p, jnp.where(hidden, zero, p * (dot(x, y, (1, 1), tile.plan.precision) - delta))
+    return p, jnp.where(hidden, zero, p * (product(x, y, (1, 1), tile.plan.precision) - delta))
 
 
 def cost(sizes: Sizes, dtype: Any, pairs: float, products: int) -> pl.CostEstimate:

@@ -23,10 +23,11 @@ from jaxpeft.kernels.attention_blocks import (
     cost,
     finished,
     online,
+    product,
     weights_and_slant,
 )
 from jaxpeft.kernels.block_selection import Lists
-from jaxpeft.kernels.platforms import dot, gpu_params, out_like, power_of_two, same_variance, wide
+from jaxpeft.kernels.platforms import gpu_params, out_like, power_of_two, same_variance, wide
 
 
 def forward(plan: Plan, x: Operands, *, interpret: bool) -> tuple[Array, Array]:
@@ -239,7 +240,7 @@ def _queries_kernel(*refs: Any, names: tuple[str, ...], plan: Plan, sizes: Sizes
         k, v = (part.matrix(name, b, g, at, blocks.k) for name in ("prefix_k", "prefix_v"))
         tile = Tile(plan, row, at, sizes.t, sizes.p, prefix=True)
         _, ds = weights_and_slant(tile, q, k, v, do, lse, delta, None, None)
-        return dq + dot(ds.astype(k.dtype), k, (1, 0), plan.precision)
+        return dq + product(ds.astype(k.dtype), k, (1, 0), plan.precision)
 
     def step(j: Any, carry: Any) -> Any:
         dq, slant = carry
@@ -249,7 +250,7 @@ def _queries_kernel(*refs: Any, names: tuple[str, ...], plan: Plan, sizes: Sizes
         _, ds = weights_and_slant(tile, q, k, v, do, lse, delta, slope, _row(part.mask(b, at)))
         if with_slopes:
             slant = slant - (ds * tile.distance(ds.shape, ds.dtype)).sum(axis=1)
-        return dq + dot(ds.astype(k.dtype), k, (1, 0), plan.precision), slant
+        return dq + product(ds.astype(k.dtype), k, (1, 0), plan.precision), slant
 
     dq, slant = jnp.zeros((blocks.q, part.width), sums), jnp.zeros(blocks.q, sums)
     if sizes.p:
@@ -280,8 +281,8 @@ def _keys_kernel(*refs: Any, names: tuple[str, ...], plan: Plan, sizes: Sizes, b
             tile = Tile(plan, row, column, sizes.t, keys, axis=1, prefix=prefix)
             p, ds = weights_and_slant(tile, q, k, v, do, lse, delta, slope, mask)
             return (
-                dk + dot(ds.astype(q.dtype), q, (1, 0), plan.precision),
-                dv + dot(p.astype(do.dtype), do, (1, 0), plan.precision),
+                dk + product(ds.astype(q.dtype), q, (1, 0), plan.precision),
+                dv + product(p.astype(do.dtype), do, (1, 0), plan.precision),
             )
 
         return lax.fori_loop(jnp.int32(0), part.count(h, i), step, sums)

@@ -26,11 +26,12 @@ from jaxpeft.kernels.attention_blocks import (
     cost,
     finished,
     online,
+    product,
     weights_and_slant,
 )
 from jaxpeft.kernels.block_selection import Lists
 from jaxpeft.kernels.blocks import zero_beyond
-from jaxpeft.kernels.platforms import VMEM_BYTES, KernelError, dot, out_like, same_variance, tpu_params, wide
+from jaxpeft.kernels.platforms import VMEM_BYTES, KernelError, out_like, same_variance, tpu_params, wide
 
 
 def forward(plan: Plan, x: Operands, *, interpret: bool) -> tuple[Array, Array]:
@@ -100,7 +101,7 @@ def backward_keys(
     else:
         k, v = x.k, x.v
         columns = plan.lists(sizes, blocks, x.selected, columns=True)
-    b, t, s, h, g, d, _ = sizes
+    b, _, s, h, g, d, _ = sizes
     group, n, slots = sizes.group, columns.index.shape[1], columns.index.shape[2]
     at = _reader(columns, slots)
 
@@ -330,7 +331,7 @@ def _queries_kernel(
         )[1]
 
     def add(ds: Array, k: Array) -> Array:
-        return dot(ds.astype(k.dtype), k, (1, 0), plan.precision) * plan.scale
+        return product(ds.astype(k.dtype), k, (1, 0), plan.precision) * plan.scale
 
     @pl.when(j == 0)
     def _():
@@ -397,8 +398,8 @@ def _keys_kernel(
             _optional(r, "slopes"),
             _optional(r, "key_mask"),
         )
-        dv[...] += dot(p.astype(do.dtype), do, (1, 0), plan.precision)
-        dk[...] += dot(ds.astype(q.dtype), q, (1, 0), plan.precision) * plan.scale
+        dv[...] += product(p.astype(do.dtype), do, (1, 0), plan.precision)
+        dk[...] += product(ds.astype(q.dtype), q, (1, 0), plan.precision) * plan.scale
 
     @pl.when(j == pl.num_programs(3) - 1)
     def _():

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxpeft.kernels.platforms import KernelError
 
-__all__ = ["Selection", "prflash_plan", "select_blocks"]
+__all__ = ["Selection", "prflash_plan", "select_blocks", "select_drawn"]
 
 
 @jtu.register_dataclass
@@ -120,7 +120,7 @@ class Lists(NamedTuple):
 
 def lists(seen: Any, slots: int) -> Lists:
     """Each row's true columns, in order, as far as the slots reach; numpy stays numpy."""
-    np_ = np if isinstance(seen, np.ndarray) else jnp
+    np_: Any = np if isinstance(seen, np.ndarray) else jnp
     order = np_.argsort(~seen, axis=-1, stable=True)[..., :slots].astype(np.int32)
     count = np_.minimum(seen.sum(-1), slots).astype(np.int32)
     slot = np.arange(order.shape[-1], dtype=np.int32)

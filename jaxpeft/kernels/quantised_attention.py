@@ -10,8 +10,8 @@ log-sum-exps.
 Letters: b batch, h heads, g heads of keys, r = h / g, d width, c capacity, S segment, G group, n a block's tokens.
 """
 
+import dataclasses
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ State = tuple[Array, Array, Array]
 SPLITS = 16  # parts of a cache on GPU, at most
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Plan:
     scale: float
     block: int  # tokens of the quantised part at a time
@@ -72,7 +72,7 @@ def quantised_attention(
 
     Args:
       q: one token's queries of a batch; query head i reads key head i // (h / g).
-      cache: with a leading batch axis (vmap of `saq_init` and `saq_append`).
+      cache: with one leading batch axis; lengths may differ.
       scale: d^-1/2 where None.
       with_lse: also returns the log-sum-exp of the scores, (b, h), float32.
       backend: "auto", "xla", "tpu" or "gpu"; see the package.
@@ -98,12 +98,12 @@ def quantised_attention(
         )
     if d > MAX_WIDTH:
         raise KernelError(f"heads of width {d}: the kernel takes 1 to {MAX_WIDTH}")
-    scale = d**-0.5 if scale is None else scale
     block = _block(c, cache.group) if block is None else block
     if block < 1 or c % block or block % cache.group:
         raise KernelError(f"block {block}: a divisor of the capacity {c} and a multiple of the group {cache.group}")
-    plan = _Plan(float(scale), block, cache.group, cache.segment, precision, vmem_bytes)
+    plan = _Plan(d**-0.5 if scale is None else float(scale), block, cache.group, cache.segment, precision, vmem_bytes)
     grouped = q.reshape(b, g, h // g, d)
+    cache = dataclasses.replace(cache, length=jnp.broadcast_to(cache.length, (b,)))
     leaves, tree = jax.tree.flatten(cache)
 
     def xla(q: Array, *leaves: Array) -> tuple[Array, Array]:
@@ -171,7 +171,9 @@ def _on_tpu(plan: _Plan, q: Array, cache: Stairs, *, interpret: bool) -> tuple[A
     sums = wide(q.dtype)
     needed = _vmem(plan, r, d, c)
     if needed > plan.vmem_bytes:
-        raise KernelError(f"blocks of {n} tokens need {needed} bytes of VMEM, the limit is {plan.vmem_bytes}: smaller ones")
+        raise KernelError(
+            f"blocks of {n} tokens need {needed} bytes of VMEM, the limit is {plan.vmem_bytes}: smaller ones"
+        )
     if n != c and (n % LANES or n // group % 8):
         raise KernelError(f"block {n}: the whole capacity {c}, or a multiple of {LANES} and of 8 groups of {group}")
     blocks = c // n
@@ -208,9 +210,7 @@ def _on_tpu(plan: _Plan, q: Array, cache: Stairs, *, interpret: bool) -> tuple[A
             out_specs=[whole(r, d), whole(r, 1)],
             scratch_shapes=[pltpu.VMEM(shape, sums) for shape in ((r, 1), (r, 1), (r, d))],
         ),
-        compiler_params=tpu_params(
-            "parallel", "parallel", "arbitrary", vmem_bytes=max(plan.vmem_bytes, VMEM_BYTES)
-        ),
+        compiler_params=tpu_params("parallel", "parallel", "arbitrary", vmem_bytes=max(plan.vmem_bytes, VMEM_BYTES)),
         cost_estimate=_cost(q, cache),
         interpret=interpret,
         name="quantised_attention",
@@ -344,7 +344,7 @@ def _gpu_kernel(
     each: int,
 ) -> None:
     part, g, b = (pl.program_id(axis) for axis in range(3))
-    (_, _, r, d), (_, _, c, _) = q_ref.shape, key_code.shape
+    r, d = q_ref.shape[2:]
     rows, width, sums = power_of_two(r, 16, 1024), power_of_two(d, 16, MAX_WIDTH), o_ref.dtype
     length = length_ref[b]
     past = lax.div(length, jnp.int32(plan.segment)) * plan.segment

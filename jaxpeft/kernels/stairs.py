@@ -10,13 +10,14 @@ rounding; it is left out here.) Errors therefore add up along the stairs, by at 
 Keys share a step over G tokens of one channel, values over G channels of one token (KIVI; Liu et al., ICML 2024). Keys are
 kept as they are given: after rotary positions, if there are any.
 
-All levels are stored as one byte a number, so `average_bits` counts levels, not bytes held. One cache is one sequence; vmap
-the functions over a batch.
+All levels are stored as one byte a number, so `average_bits` counts levels, not bytes held. Leading axes are sequences that
+grow together, with one length; vmap the functions where lengths differ.
 
 Letters: c capacity, g heads of keys, d width, S segment, G group.
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class Stairs:
       key_step, key_zero: of G tokens, one a channel, float32.
       value_step, value_zero: of G channels of a token, float32.
       recent_key, recent_value: the newest tokens, of which `length % S` are live.
-      length: tokens appended.
+      length: tokens appended, one number or one a sequence.
       levels, segment, group: static.
     """
 
@@ -53,7 +54,7 @@ class Stairs:
     value_zero: Float[Array, "*b g d/G c"]
     recent_key: Float[Array, "*b g S d"]
     recent_value: Float[Array, "*b g S d"]
-    length: Int[Array, "*b"]
+    length: Int[Array, "*#b"]
     levels: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     segment: int = dataclasses.field(metadata={"static": True})
     group: int = dataclasses.field(metadata={"static": True})
@@ -72,8 +73,9 @@ def saq_init(
     segment: int = 64,
     group: int = 32,
     dtype: Any = jnp.float32,
+    batch: tuple[int, ...] = (),
 ) -> Stairs:
-    """An empty cache of one sequence.
+    """An empty cache.
 
     Args:
       capacity: tokens, a multiple of the segment.
@@ -82,6 +84,7 @@ def saq_init(
       segment: S, a multiple of the group.
       group: G, dividing the width.
       dtype: of the newest tokens.
+      batch: leading axes: sequences that grow together.
 
     Raises:
       KernelError: sizes that do not divide, or other levels.
@@ -91,13 +94,13 @@ def saq_init(
             f"capacity {capacity}, segment {segment}, group {group}, width {width}: the group divides the segment and the "
             "width, the segment the capacity"
         )
-    falling = all(a > b for a, b in zip(levels, levels[1:]))
+    falling = all(a > b for a, b in itertools.pairwise(levels))
     if not levels or not falling or not all(1 <= b <= 8 for b in levels):
         raise KernelError(f"levels {levels}: falling numbers of bits from 8 to 1")
-    codes = jnp.zeros((heads, capacity, width), jnp.int8)
-    of_keys = jnp.zeros((heads, capacity // group, width), jnp.float32)
-    of_values = jnp.zeros((heads, width // group, capacity), jnp.float32)
-    recent = jnp.zeros((heads, segment, width), dtype)
+    codes = jnp.zeros((*batch, heads, capacity, width), jnp.int8)
+    of_keys = jnp.zeros((*batch, heads, capacity // group, width), jnp.float32)
+    of_values = jnp.zeros((*batch, heads, width // group, capacity), jnp.float32)
+    recent = jnp.zeros((*batch, heads, segment, width), dtype)
     return Stairs(
         codes,
         codes,
@@ -129,14 +132,14 @@ def quantise(x: Float[Array, "*n G m"], bits: int) -> tuple[Array, Array, Array]
 
 
 def _quantise_segment(k: Array, v: Array, bits: int, group: int) -> tuple[Array, ...]:
-    """Codes, steps and zeros of a segment (g, S, d), as the cache holds them."""
-    g, s, d = k.shape
-    key_code, key_step, key_zero = quantise(k.reshape(g, s // group, group, d), bits)
+    """Codes, steps and zeros of a segment (..., S, d), as the cache holds them."""
+    *lead, s, d = k.shape
+    key_code, key_step, key_zero = quantise(k.reshape(*lead, s // group, group, d), bits)
     # Channels of one token: the group's axis second from the end, tokens last.
-    value_code, value_step, value_zero = quantise(v.swapaxes(1, 2).reshape(g, d // group, group, s), bits)
+    value_code, value_step, value_zero = quantise(v.swapaxes(-1, -2).reshape(*lead, d // group, group, s), bits)
     return (
-        key_code.reshape(g, s, d),
-        value_code.reshape(g, d, s).swapaxes(1, 2),
+        key_code.reshape(*lead, s, d),
+        value_code.reshape(*lead, d, s).swapaxes(-1, -2),
         key_step,
         key_zero,
         value_step,
@@ -165,14 +168,16 @@ def _held(cache: Stairs) -> tuple[Array, ...]:
     )
 
 
-def saq_append(cache: Stairs, k: Float[Array, "g d"], v: Float[Array, "g d"]) -> Stairs:
+def saq_append(cache: Stairs, k: Float[Array, "*b g d"], v: Float[Array, "*b g d"]) -> Stairs:
     """The cache with one more token; where a segment fills up, everything goes down its stair.
 
-    Tokens past the capacity are lost: the caller counts. Under vmap both branches run at every token.
+    Segments past the capacity are lost: the caller counts. Under vmap every token pays for going down the stairs.
     """
-    s, group = cache.segment, cache.group
+    s = cache.segment
     at = cache.length % s
-    put = lambda kept, new: lax.dynamic_update_slice_in_dim(kept, new[:, None].astype(kept.dtype), at, axis=1)
+    put = lambda kept, new: lax.dynamic_update_slice_in_dim(
+        kept, new[..., None, :].astype(kept.dtype), at, axis=kept.ndim - 2
+    )
     recent = (put(cache.recent_key, k), put(cache.recent_value, v))
     held = lax.cond(at == s - 1, lambda: _descend(cache, *recent), lambda: _held(cache))
     names = ("key_code", "value_code", "key_step", "key_zero", "value_step", "value_zero")
@@ -190,7 +195,8 @@ def _descend(cache: Stairs, k: Array, v: Array) -> tuple[Array, ...]:
     s, group = cache.segment, cache.group
     segments = cache.length // s  # before this one
     # Of each array: the axis of tokens, and how many entries a segment has there.
-    lengths = ((1, s), (1, s), (1, s // group), (1, s // group), (2, s), (2, s))
+    rows, columns = k.ndim - 2, k.ndim - 1
+    lengths = ((rows, s), (rows, s), (rows, s // group), (rows, s // group), (columns, s), (columns, s))
 
     def write(held: tuple[Array, ...], number: Array, new: tuple[Array, ...]) -> tuple[Array, ...]:
         fits = (number >= 0) & (number < cache.capacity // s)
@@ -211,7 +217,7 @@ def _descend(cache: Stairs, k: Array, v: Array) -> tuple[Array, ...]:
     return write(held, segments, _quantise_segment(k, v, cache.levels[0], group))
 
 
-def saq_read(cache: Stairs) -> tuple[Float[Array, "g n d"], Float[Array, "g n d"], Bool[Array, "n"]]:
+def saq_read(cache: Stairs) -> tuple[Float[Array, "*b g n d"], Float[Array, "*b g n d"], Bool[Array, "n"]]:
     """`(keys, values, live)` in float32, n = capacity + S: the quantised part, then the newest tokens."""
     k, v = _dequantise(_held(cache), cache.group)
     past, recent = cache.length // cache.segment * cache.segment, cache.length % cache.segment
@@ -221,7 +227,7 @@ def saq_read(cache: Stairs) -> tuple[Float[Array, "g n d"], Float[Array, "g n d"
             jnp.arange(cache.segment, dtype=jnp.int32) < recent,
         ]
     )
-    join = lambda x, y: jnp.concatenate([x, y.astype(jnp.float32)], axis=1)
+    join = lambda x, y: jnp.concatenate([x, y.astype(jnp.float32)], axis=-2)
     return join(k, cache.recent_key), join(v, cache.recent_value), live
 
 

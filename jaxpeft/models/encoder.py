@@ -31,6 +31,7 @@ from jaxpeft.models.layers import (
     from_fields,
     norm,
     run_layers,
+    with_pooler,
 )
 from jaxpeft.models.names import Row, dense_rows, embed_row, norm_rows, under
 
@@ -162,12 +163,7 @@ class Encoder(nn.Module):
         if c.pre_norm:
             x = norm(c, "final_norm")(x)
         x = checkpoint_name(x, "final_hidden")
-        if pooled and not c.pooler:
-            raise ValueError("the encoder has no pooler; set pooler=True in its config")
-        if c.pooler and (pooled or self.is_initializing()):
-            first = jnp.tanh(dense(c, c.width, use_bias=True, name="pooler")(x[:, 0]))
-            return (x, first) if pooled else x
-        return x
+        return with_pooler(c, x, pooled, self.is_initializing())
 
     @nn.nowrap
     def dummy_inputs(self) -> tuple[Array, ...]:

@@ -311,6 +311,21 @@ class Block(nn.Module):
         return mlp_norm(x + mlp(x, deterministic))
 
 
+def with_pooler(
+    config: Any, x: Float[Array, "b t d"], pooled: bool, initialising: bool
+) -> Float[Array, "b t d"] | tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
+    """The states, with BERT's dense layer on the first of them where it is asked for; inside a compact method.
+
+    Its weights are made with the others even if the first call does not ask.
+    """
+    if pooled and not config.pooler:
+        raise ValueError("the model has no pooler; set pooler=True in its config")
+    if not config.pooler or not (pooled or initialising):
+        return x
+    first = jnp.tanh(dense(config, config.width, use_bias=True, name="pooler")(x[:, 0]))
+    return (x, first) if pooled else x
+
+
 # ------------------------------------------------------------------------------------------------ the layer loop
 
 

@@ -19,7 +19,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpeft.models.encoder import label_count, with_labels
-from jaxpeft.models.layers import Block, BlockConfig, dense, embed, from_fields, kernel_init, norm, run_layers
+from jaxpeft.models.layers import (
+    Block,
+    BlockConfig,
+    dense,
+    embed,
+    from_fields,
+    kernel_init,
+    norm,
+    run_layers,
+    with_pooler,
+)
 from jaxpeft.models.names import Row, dense_rows, embed_row, norm_rows, under
 
 
@@ -136,12 +146,7 @@ class VisionTransformer(nn.Module):
         x = checkpoint_name(VisionEmbeddings(c, name="embeddings")(pixels, deterministic), f"{self.tap}embedded")
         x = run_layers(Block, c, x, None, deterministic=deterministic, tap=self.tap)
         x = checkpoint_name(norm(c, "final_norm")(x), f"{self.tap}final_hidden")
-        if pooled and not c.pooler:
-            raise ValueError("the image tower has no pooler; set pooler=True in its config")
-        if c.pooler and (pooled or self.is_initializing()):
-            first = jnp.tanh(dense(c, c.width, use_bias=True, name="pooler")(x[:, 0]))
-            return (x, first) if pooled else x
-        return x
+        return with_pooler(c, x, pooled, self.is_initializing())
 
     @nn.nowrap
     def dummy_inputs(self) -> tuple[Array, ...]:

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jaxpeft
+from jaxpeft.weights import Dropout
 
 pytestmark = pytest.mark.usefixtures("quick")
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)
@@ -120,6 +121,15 @@ def test_a_traced_dropout_drops_what_a_number_drops(factory, close):
     close(jax.tree.map(lambda x: x[0], both), jax.jit(lambda: gradient(0.0))())
     close(jax.tree.map(lambda x: x[1], both), jax.jit(lambda: gradient(0.4))())
     assert float(jnp.abs(both["in"]["a"][0] - both["in"]["a"][1]).max()) > 1e-3
+
+
+def test_a_traced_dropout_drops_its_share_and_keeps_the_mean():
+    drop = lambda rate: Dropout(jax.random.key(0), "", rate)(jnp.ones(10_000))
+    none, some = jax.jit(jax.vmap(drop))(jnp.array([0.0, 0.4], jnp.float32))
+    assert (none == 1).all()
+    # 10,000 draws: five deviations of a share of 0.4 are 0.025.
+    assert float((some == 0).mean()) == pytest.approx(0.4, abs=0.025)
+    np.testing.assert_allclose(some[some != 0], 1 / 0.6, rtol=1e-6)
 
 
 def test_no_dropout_draws_nothing():
