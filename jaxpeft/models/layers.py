@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxpeft.kernels.positions import rotate
 from jaxpeft.models import fused
 from jaxpeft.trees import wide_dtype
 
@@ -253,7 +254,7 @@ class Attention(nn.Module):
         k = k.reshape(*k.shape[:2], g, c.head_dim)
         v = v.reshape(*v.shape[:2], g, c.head_dim)
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cell is not None:
             k, v = cell.extend(k, v)
         y = AttentionCore(c.attention_scale, c.plain, name="core")(q, k, v, bias)
@@ -404,15 +405,6 @@ def attention_bias(
         tril = jnp.tril(jnp.ones((length, length), bool))[None, None]
         allowed = tril if allowed is None else allowed & tril
     return None if allowed is None else jnp.where(allowed, 0.0, MASKED).astype(jnp.float32)
-
-
-def rotate(x: Float[Array, "b t h k"], rotary: tuple[Array, Array]) -> Float[Array, "b t h k"]:
-    """Rotary positions: turn the pairs (i, i + k/2) of each head by the angles of `rotary` = cos, sin (b, t, k)."""
-    cos, sin = rotary
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    wide = x.astype(cos.dtype) * cos[:, :, None, :] + turned.astype(cos.dtype) * sin[:, :, None, :]
-    return wide.astype(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ layer layouts
