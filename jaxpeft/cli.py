@@ -15,10 +15,11 @@ import tyro
 Positional = tyro.conf.Positional
 
 
-def _config() -> Any:
+def _config(command: type) -> Any:
+    from jaxpeft.train.plan import PlanConfig
     from jaxpeft.train.run import Config
 
-    return Config
+    return PlanConfig if command is Plan else Config
 
 
 @dataclass
@@ -227,8 +228,44 @@ class Methods:
         _print(methods_table(counts))
 
 
+@dataclass
+class Plan:
+    """Compile a train step for a pod that is not here and say what it would take: bytes, collectives, cycles.
+
+    The compilers come with the extra `aot`; nothing runs and no weights are read.
+
+    Examples:
+      jaxpeft plan --model llama-3-8b --pod v5e:4x4 --method lora --options rank=16 --rows 16 --length 2048
+      jaxpeft plan --model path/to/config.json --pod h100:8 --method dora --largest
+      jaxpeft plan --pod v5e:16x16 --runs 64 --run-groups 16
+    """
+
+    config: Annotated[Any, tyro.conf.arg(name="")] = None
+    largest: bool = False
+    """Search the largest batch that fits; some compiles."""
+    out: Path | None = None
+    """A JSON file for the plan, or for all plans of the search."""
+
+    def run(self) -> None:
+        from jaxpeft.train.plan import plan, prepare
+        from jaxpeft.train.plan_search import largest_batch
+        from jaxpeft.train.plan_table import plan_table
+        from jaxpeft.train.run import write_json
+
+        prepare()
+        if self.largest:
+            rows, plans = largest_batch(self.config)
+        else:
+            rows, plans = self.config.rows, [plan(self.config)]
+        if self.out:
+            write_json(self.out, [dataclasses.asdict(p) for p in plans])
+        _print(plan_table(plans))
+        if self.largest:
+            _print(f"largest batch that fits: {rows} rows of {self.config.length}")
+
+
 COMMANDS = {"finetune": Finetune, "compare": Compare, "sweep": Sweep, "merge": Merge, "evaluate": Evaluate}
-COMMANDS |= {"predict": Predict, "methods": Methods}
+COMMANDS |= {"predict": Predict, "methods": Methods, "plan": Plan}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -266,7 +303,7 @@ def _with_config(command: type) -> type:
     """The command's class with the type of `config` filled in; the import is late so that --help is quick."""
     if "config" not in {f.name for f in dataclasses.fields(command)}:
         return command
-    Config = _config()
+    Config = _config(command)
     fields = [(f.name, f.type, f) for f in dataclasses.fields(command) if f.name != "config"]
     own = ("config", tyro.conf.OmitArgPrefixes[Config], field(default_factory=Config))
     made = dataclasses.make_dataclass(command.__name__, [*fields, own], bases=(command,), kw_only=True)

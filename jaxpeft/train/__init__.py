@@ -1,5 +1,6 @@
 """Training deltas: the step, the loop, sharding, checkpoints, metrics, and whole runs."""
 
+from jaxpeft.train.activations import shard_activations
 from jaxpeft.train.checkpoints import CheckpointError, Checkpoints
 from jaxpeft.train.chunks import MemoryLimitError
 from jaxpeft.train.loop import Compiled, Fit, Interrupted, NonFiniteError, Scores, evaluate, fit
@@ -7,7 +8,16 @@ from jaxpeft.train.metrics import Metrics, accuracy, f1_by_class, macro_f1
 from jaxpeft.train.population import Population, Run, Runs, run_of, side_by_side
 from jaxpeft.train.programs import SweepError
 from jaxpeft.train.run import Config, ConfigError, finetune, load, open_run, predict
-from jaxpeft.train.sharding import base_spec, make_mesh, place_base, place_batch, place_state, pmap_step
+from jaxpeft.train.sharding import (
+    base_spec,
+    base_specs,
+    make_mesh,
+    place_base,
+    place_batch,
+    place_state,
+    pmap_step,
+    state_specs,
+)
 from jaxpeft.train.step import (
     Task,
     TrainState,
@@ -43,6 +53,7 @@ __all__ = [
     "TrainState",
     "accuracy",
     "base_spec",
+    "base_specs",
     "create",
     "cross_entropy",
     "evaluate",
@@ -64,7 +75,9 @@ __all__ = [
     "pmap_step",
     "predict",
     "run_of",
+    "shard_activations",
     "side_by_side",
+    "state_specs",
     "sweep",
     "text_classification",
 ]

@@ -43,7 +43,7 @@ def test_the_bytes_of_a_lora_step_add_up(made):
     # Layers and tables: 2 (512 (512 + 256 + 256 + 512) + 3 512 1024) + 2 1024 512 weights of two bytes, a quarter each.
     divided = (2 * (512 * 1536 + 3 * 512 * 1024) + 2 * 1024 * 512) * 2 // 4
     assert divided <= p.base <= divided + 5 * 512 * 2
-    assert 2 * p.delta <= p.optimiser <= 2 * p.delta + 64
+    assert abs(p.optimiser - 2 * p.delta) < 64  # counters
     assert p.total >= p.arguments + p.temporaries
 
 
