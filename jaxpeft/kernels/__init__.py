@@ -7,6 +7,8 @@ interpreted on others.
 
 from jaxpeft.kernels.attention import attention, merge_attentions
 from jaxpeft.kernels.block_selection import Selection, prflash_plan, select_blocks, select_drawn
+from jaxpeft.kernels.grouped_low_rank import grouped_low_rank
+from jaxpeft.kernels.hashed_matmul import hashed_matmul
 from jaxpeft.kernels.low_rank_matmul import low_rank_matmul
 from jaxpeft.kernels.positions import Position, alibi_slopes
 from jaxpeft.kernels.quantised_attention import quantised_attention
@@ -19,6 +21,8 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "average_bits",
+    "grouped_low_rank",
+    "hashed_matmul",
     "low_rank_matmul",
     "merge_attentions",
     "prflash_plan",

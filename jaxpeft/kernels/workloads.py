@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-__all__ = ["ATTENTION", "PRODUCTS", "Attention", "Product"]
+__all__ = ["ATTENTION", "GROUPED", "HASHED", "PRODUCTS", "Attention", "Grouped", "Hashed", "Product"]
 
 
 class Product(NamedTuple):
@@ -13,6 +13,28 @@ class Product(NamedTuple):
     k: int
     n: int
     r: int
+
+
+class Grouped(NamedTuple):
+    """A product whose b examples of t rows have updates of their own, out of so many groups."""
+
+    name: str
+    b: int
+    t: int
+    k: int
+    n: int
+    r: int
+    groups: int
+
+
+class Hashed(NamedTuple):
+    """`x (m, k)` times a weight (k, n) that is read from so many elements of memory."""
+
+    name: str
+    m: int
+    k: int
+    n: int
+    size: int
 
 
 class Attention(NamedTuple):
@@ -41,6 +63,24 @@ PRODUCTS = (
     Product("ViT-L up, 8 images", 8 * 197, 1024, 4096, 16),
     Product("MiniLM q, 16 x 128 tokens", 2048, 384, 384, 8),
     Product("MiniLM up, 16 x 128 tokens", 2048, 384, 1536, 8),
+)
+
+GROUPED = (
+    Grouped("Llama-3-8B q, 4 x 512 tokens", 4, 512, 4096, 4096, 16, 64),
+    Grouped("Llama-3-8B gate, 4 x 512 tokens", 4, 512, 4096, 14336, 16, 8),
+    Grouped("Llama-3-8B q, one token of 16 sequences, 1,024 groups", 16, 1, 4096, 4096, 16, 1024),
+    Grouped("Llama-3-8B q, one token of 2,048 sequences", 2048, 1, 4096, 4096, 16, 64),
+    Grouped("Llama-3-8B q, one token of 16 sequences, rank 256", 16, 1, 4096, 4096, 256, 8),
+    Grouped("ViT-L q, 8 images", 8, 197, 1024, 1024, 16, 8),
+    Grouped("MiniLM up, 16 x 128 tokens", 16, 128, 384, 1536, 8, 32),
+)
+
+HASHED = (
+    Hashed("Llama-3-8B q, 2,048 tokens, a sixteenth", 2048, 4096, 4096, 2**20),
+    Hashed("Llama-3-8B down, 2,048 tokens, a hundred and twelfth", 2048, 14336, 4096, 2**19),
+    Hashed("Llama-3-8B q, one token of 16 sequences", 16, 4096, 4096, 2**20),
+    Hashed("ViT-L up, 8 images, a fortieth", 8 * 197, 1024, 4096, 102400),
+    Hashed("MiniLM up, 16 x 128 tokens, a tenth", 2048, 384, 1536, 58880),
 )
 
 ATTENTION = (
