@@ -9,7 +9,7 @@ import pytest
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 GROUP = dict.fromkeys(("bench/adapters.py", "bench/finetune.py", "bench/sweep.py"), pytest.mark.parity)
-GROUP |= dict.fromkeys(("bench/kernels.py", "bench/plan.py"), pytest.mark.aot)
+GROUP |= dict.fromkeys(("bench/attention.py", "bench/kernels.py", "bench/plan.py"), pytest.mark.aot)
 SCRIPTS = sorted(str(p.relative_to(EXPERIMENTS)) for p in EXPERIMENTS.glob("*/*.py"))
 
 
