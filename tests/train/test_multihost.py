@@ -1,4 +1,4 @@
-"""Two processes with `jax.distributed` on one machine give the numbers of one process."""
+"""Four processes with `jax.distributed` on one machine give the numbers of one, over a checkpoint in the middle."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import pytest
 WORKER = """
 import json, sys
 import jax
-port, rank, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-jax.config.update("jax_num_cpu_devices", 2 if count == 2 else 4)
+port, rank, count, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+jax.config.update("jax_num_cpu_devices", 8 // count)
 if count > 1:
     jax.distributed.initialize(f"localhost:{port}", count, rank)
 import numpy as np, optax, jaxpeft
@@ -32,12 +32,17 @@ params = model.init(jax.random.key(0), ids, ids)
 adapted = jaxpeft.adapt(model.apply, jaxpeft.chain(jaxpeft.lora(rank=2), jaxpeft.head()))
 optimiser = optax.adam(1e-2)
 delta = jax.jit(adapted.init)(jax.random.key(1), params, ids, ids)
-mesh = train.make_mesh(2, 2)
-state = train.place_state(mesh, train.create(jax.device_get(delta), optimiser))
+mesh = train.make_mesh(data=2, fsdp=2, tensor=2)
+state = train.place_state(mesh, train.create(jax.device_get(delta), optimiser), params)
 base = train.place_base(mesh, jax.device_get(params))
+points = train.Checkpoints(folder)
 step = jax.jit(train.make_step(adapted, train.text_classification(), optimiser))
 losses = []
 for position in range(6):
+    if position == 3:
+        points.save(state, {"position": position})
+        state = points.restore(jax.tree.map(lambda x: x, state))
+        assert points.meta()["position"] == 3
     state, numbers = step(state, base, train.place_batch(mesh, batches.batch(position)))
     losses.append(float(numbers["loss"]))
 print(json.dumps(losses))
@@ -45,7 +50,7 @@ print(json.dumps(losses))
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(tmp_path):
+def test_four_processes_with_a_checkpoint_give_the_losses_of_one(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
 
@@ -57,7 +62,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         env["PYTHONPATH"] = str(Path(__file__).parents[2])
         workers = [
             subprocess.Popen(
-                [sys.executable, script, str(port), str(rank), str(count)],
+                [sys.executable, script, str(port), str(rank), str(count), tmp_path / f"{count}"],
                 env=env,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -69,7 +74,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         assert all(w.returncode == 0 for w in workers), out
         return [json.loads(o.strip().splitlines()[-1]) for o, _ in out]
 
-    (one,) = run(1)
-    first, second = run(2)
-    np.testing.assert_allclose(first, second)
-    np.testing.assert_allclose(one, first, rtol=1e-5)
+    (one,), several = run(1), run(4)
+    for losses in several:
+        np.testing.assert_array_equal(losses, several[0])
+    np.testing.assert_allclose(one, several[0], rtol=1e-5)
