@@ -2,9 +2,10 @@
 
     o_i = sum_j softmax_j(scale q_i · k_j - slope_h g(|i - j|)) v_j        over the keys that i sees and the prefix
 
-One pass of an online softmax (Dao et al., "FlashAttention", NeurIPS 2022); the prefix is its first block. That equals the
-merge of two attentions by their log-sum-exps (He et al., "Towards a unified view of parameter-efficient transfer
-learning", ICLR 2022, equation 7), which `merge_attentions` offers for parts computed apart.
+One pass of an online softmax (Dao et al., "FlashAttention", NeurIPS 2022); the prefix is its first block, or, where one
+block holds both and no bias tells them apart, stands before the keys. That equals the merge of two attentions by their
+log-sum-exps (He et al., "Towards a unified view of parameter-efficient transfer learning", ICLR 2022, equation 7), which
+`merge_attentions` offers for parts computed apart.
 
 Nothing of the size of all scores is formed on TPU and GPU, forward or backward; elsewhere plain JAX forms it.
 
@@ -30,6 +31,7 @@ from jaxpeft.kernels.positions import Position, position_bias, rotated
 __all__ = ["attention", "merge_attentions", "reference"]
 
 Part = tuple[Array, Array]
+SHORT = 512  # keys and prefix that one block holds
 
 
 def attention(
@@ -101,6 +103,12 @@ def attention(
     if position.slopes is not None:
         sums = wide(q.dtype)
         slopes = jnp.asarray(position.slopes, sums) * jnp.asarray(position.slope_weight, sums)
+    if prefix is not None:
+        prefix = (prefix[0].astype(q.dtype), prefix[1].astype(q.dtype))
+        short = k.shape[1] + prefix[0].shape[1] <= SHORT
+        if short and slopes is None and selection is None and blocks is None:
+            k, v, key_mask, offset = _behind(prefix, k, v, key_mask, offset)
+            prefix = None
     plan = Plan(
         factor,
         causal,
@@ -112,8 +120,6 @@ def attention(
         precision,
         vmem_bytes,
     )
-    if prefix is not None:
-        prefix = (prefix[0].astype(q.dtype), prefix[1].astype(q.dtype))
     mask = None if key_mask is None else key_mask.astype(jnp.int32)
     selected = None if selection is None else selection.mask
     x = Operands(q, k, v, prefix, slopes, mask, selected)
@@ -125,6 +131,14 @@ def attention(
         found: Any = _attention(plan, *jax.tree.unflatten(tree, same_variance(*leaves)))
         o, lse = found
     return (o, lse.swapaxes(1, 2)) if with_lse else o
+
+
+def _behind(prefix: Part, k: Array, v: Array, key_mask: Any, offset: int) -> tuple[Array, Array, Any, int]:
+    """Keys, values, their mask and the queries' offset, with the prefix before the keys: one block where two were."""
+    b, p = k.shape[0], prefix[0].shape[1]
+    k, v = (jnp.concatenate([jnp.broadcast_to(y, (b, *y.shape[1:])), x], 1) for y, x in zip(prefix, (k, v)))
+    mask = None if key_mask is None else jnp.pad(key_mask.astype(bool), ((0, 0), (p, 0)), constant_values=True)
+    return k, v, mask, offset + p
 
 
 def merge_attentions(first: Part, second: Part) -> tuple[Float[Array, "*n d"], Float[Array, "*n"]]:

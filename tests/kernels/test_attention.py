@@ -148,6 +148,18 @@ def test_a_prefix_is_attention_over_concatenated_keys_and_a_merge_of_two():
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_prefix_before_the_keys_is_a_prefix_in_a_block_of_its_own(backend, causal):
+    q, k, v, prefix, _ = operands(2, 5, 7, 2, 1, 4, 3)
+    mask = jnp.arange(7) < jnp.array([[4], [7]])
+    run = functools.partial(attend, key_mask=mask, causal=causal, offset=2, with_lse=True, backend=backend)
+    call = lambda blocks: with_gradients(lambda q, k, v, p: run(q, k, v, prefix=p, blocks=blocks), q, k, v, prefix)
+    apart = Blocks(5, 7) if backend == "tpu" else Blocks(16, 16)
+    for x, y in zip(jax.tree.leaves(call(None)), jax.tree.leaves(call(apart))):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
 def test_equal_scores_give_the_prefix_its_share():
     q, k, v, prefix, _ = operands(1, 4, 5, 1, 1, 4, 3)
     v, ahead = jnp.zeros_like(v), (prefix[0], jnp.ones_like(prefix[1]))
