@@ -1,6 +1,6 @@
 """The PEFT layout from this side: names as literals, round trips, scanned and unrolled alike, every refusal.
 
-Whether the reference library computes the same is asked in tests/parity/test_interchange.py.
+Whether the reference library computes the same is asked in tests/parity/test_interchange_parity.py.
 """
 
 import dataclasses
