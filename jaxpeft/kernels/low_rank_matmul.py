@@ -158,7 +158,7 @@ def low_rank_matmul(
     drops = key is not None and not (isinstance(dropout, int | float) and dropout == 0)
     drop, gain = jnp.zeros(3, jnp.uint32), 1.0
     if key is not None and drops:
-        keep = 1.0 - jnp.asarray(dropout, jnp.float32)
+        keep = 1.0 - jnp.asarray(dropout, wide(x.dtype))
         drop, gain = jnp.append(random_bits.words(key), random_bits.below(keep)), 1.0 / keep
     scaled = b.astype(wide(b.dtype)) * jnp.asarray(scale, wide(b.dtype)) * jnp.asarray(gain, wide(b.dtype))
     plan = _Plan(drops, backend, blocks, precision, vmem_bytes)

@@ -66,7 +66,7 @@ def gpu_params(warps: int = 4, stages: int = 3) -> Any:
 
 def wide(dtype: Any) -> Any:
     """What sums are kept in: float64 for float64, else float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
 def sublanes(dtype: Any) -> int:
