@@ -77,7 +77,8 @@ def test_a_kernel_stands_inside_shard_map_on_a_mesh_of_chips():
     def loss(x, w, a, b):
         return jax.lax.psum((low_rank_matmul(x, w, a, b, 2.0).astype(jnp.float32) ** 2).sum(), "data")
 
-    step = jax.shard_map(jax.grad(loss, argnums=(2, 3)), mesh=mesh, in_specs=specs, out_specs=(P(), P()))
+    gradients = jax.grad(loss, argnums=(0, 2, 3))  # with respect to x the kernel is read across
+    step = jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=(P("data"), P(), P()))
     shapes = [(1024, 384), (384, 384), (384, 8), (8, 384)]
     operands = [
         jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=NamedSharding(mesh, spec)) for s, spec in zip(shapes, specs)
