@@ -35,7 +35,8 @@ class Target:
       topology: of the smallest slice, as the compiler names it.
       flops: bf16 operations per second of one device.
       bandwidth: bytes per second to its memory.
-      memory: bytes of it.
+      memory: bytes of it that a program may use.
+      cores: devices of one chip.
     """
 
     name: str
@@ -44,16 +45,17 @@ class Target:
     flops: float
     bandwidth: float
     memory: int
+    cores: int = 1
 
 
-# TPU: one device of the topology, as `pltpu.get_tpu_info` tells them (of v4 and v5p both cores make one device). Usable
-# memory is what the compilers allow.
+# TPU: peaks as `pltpu.get_tpu_info` tells them of a core; a v5p device is both cores of its chip, a v4 device one of two.
+# Memory is what the compilers say is available (a test asks them); H100's is the card's.
 TARGETS = {
     t.name: t
     for t in (
-        Target("v4", "tpu", "2x2x1", 275e12, 1.23e12, 32 * 10**9),
+        Target("v4", "tpu", "2x2x1", 137.5e12, 0.615e12, int(15.25 * 2**30), cores=2),
         Target("v5e", "tpu", "2x2", 197e12, 0.82e12, int(15.75 * 2**30)),
-        Target("v5p", "tpu", "2x2x1", 459e12, 2.46e12, 95 * 2**30),
+        Target("v5p", "tpu", "2x2x1", 459e12, 2.46e12, int(95.74 * 2**30)),
         Target("v6e", "tpu", "2x2", 920e12, 1.64e12, int(31.25 * 2**30)),
         Target("h100", "cuda", "1x1x1", 989e12, 3.35e12, 80 * 10**9),
     )

@@ -152,6 +152,8 @@ def read_pod(text: str) -> Pod:
     count = math.prod(map(int, shape.split("x")))
     if count < 1:
         raise PlanError(f"pod {text!r} has no devices")
+    if count > 1:
+        count *= aot.TARGETS[kind].cores
     if aot.TARGETS[kind].platform == "cuda" and "x" not in shape:
         shape = f"1x1x{shape}"
     return Pod(kind, shape, count)

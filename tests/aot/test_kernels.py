@@ -5,6 +5,7 @@ Needs the extra `aot`; nothing runs. A kernel enters by a case: a name, a functi
 
 import functools
 import itertools
+import re
 
 import attention_cases
 import grouped_cases
@@ -86,6 +87,17 @@ def test_a_kernel_stands_inside_shard_map_on_a_mesh_of_chips():
     program = jax.jit(step).lower(*operands).compile()
     assert calls(program) >= 2
     assert "all-reduce" in program.as_text()
+
+
+@pytest.mark.parametrize("kind", [k for k, t in aot.TARGETS.items() if t.platform == "tpu"])
+def test_memory_and_devices_of_a_tpu_are_what_its_compiler_says(kind):
+    target = aot.TARGETS[kind]
+    assert len(aot.topology(kind).devices) == 4 * target.cores
+    rows = target.memory // (4 * 8192)
+    with pytest.raises(jax.errors.JaxRuntimeError) as refused:  # a sort needs room beside what it sorts
+        aot.compile_for(kind, lambda x: jnp.sort(x, axis=0), jax.ShapeDtypeStruct((rows, 8192), jnp.float32))
+    (gib,) = re.findall(r"available HBM \(([\d.]+)G\)", str(refused.value))
+    assert target.memory == int(float(gib) * 2**30)
 
 
 def test_an_unknown_device_or_slice_is_named():

@@ -283,6 +283,7 @@ def test_the_bytes_a_refusing_compiler_wanted_are_read():
 def test_pods_are_read_and_wrong_ones_refused():
     assert read_pod("v5e:16x16") == ("v5e", "16x16", 256)
     assert read_pod("h100:8") == ("h100", "1x1x8", 8)
+    assert read_pod("v4:2x2x1") == ("v4", "2x2x1", 8)  # two devices a chip
     with pytest.raises(PlanError, match=r"pod 'v5x:4x4'; did you mean 'v5[ep]'.*v5e:16x16"):
         read_pod("v5x:4x4")
     for wrong in ("v5e", "v5e:4-4", "v5e:0x4"):
