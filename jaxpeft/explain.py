@@ -127,7 +127,8 @@ def _operations(function: Any, *shapes: Any) -> float:
 def _site_of(use: Use, platform: str) -> Site:
     n = use.repeats
     choice = _choice(use, platform)
-    return Site(use.path, _kind(use.value), use.value.shape, choice, n, n * _operations_of(use), n * _bytes_of(use))
+    each = _operations_of(use, choice)
+    return Site(use.path, _kind(use.value), use.value.shape, choice, n, n * each, n * _bytes_of(use))
 
 
 def _together(uses: Sequence[Site]) -> Site:
@@ -171,13 +172,17 @@ def _choice(use: Use, platform: str) -> str:
     return products.chosen(_rows(use), k, n, r, value.backend, platform, local=local)
 
 
-def _operations_of(use: Use) -> int:
-    """Of a factored product: each factor meets what is left of the input's rows; of others, the dense product."""
+def _operations_of(use: Use, choice: str) -> int:
+    """Each factor meets the input's rows; where the sum is formed, or the value is no factored one, the dense product."""
     m, value = _rows(use), use.value
     if not isinstance(value, Factored):
         return 2 * m * math.prod(value.shape)
+    gains = m * sum(f.value.size for f in value.gain)
+    if choice == "merged":
+        rank = value.terms[1].factors[2].value.shape[0]
+        return 2 * (m + rank) * math.prod(value.shape) + gains
     factors: list[Factor] = [f for t in value.terms for f in t.factors]
-    return sum(2 * m * f.value.size for f in factors if len(f.axes) > 1) + m * sum(f.value.size for f in value.gain)
+    return sum(2 * m * f.value.size for f in factors if len(f.axes) > 1) + gains
 
 
 def _bytes_of(use: Use) -> int:

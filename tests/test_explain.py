@@ -102,6 +102,8 @@ def test_explain_tells_path_shape_product_operations_and_bytes_of_each_site():
     assert square.operations == 2 * 15 * (24 * 16 + 24 * 2 + 2 * 16)
     assert square.bytes == 4 * (15 * 24 + 15 * 16 + 24 * 16 + 24 * 2 + 2 * 16 + 1)
     assert found["out"].operations == found["heads"].operations == square.operations
+    merged = jaxpeft.explain(adapted_to("merged")[0], weights(), delta, x)
+    assert {s.operations for s in merged.sites} == {2 * (15 + 2) * 24 * 16}
 
 
 def test_explain_counts_the_layers_of_a_scan_and_names_modules(monkeypatch):
