@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 
 _BRANCH = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
-_LINE = re.compile(r"^\s*(?:\S+: )?\s*0x([0-9a-f]+)")
 
 
 @dataclasses.dataclass(frozen=True)

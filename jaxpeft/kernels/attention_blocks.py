@@ -23,6 +23,8 @@ from jaxpeft.kernels.platforms import (
     VMEM_BYTES,
     Backend,
     KernelError,
+    check_block,
+    check_vmem,
     cut,
     dot,
     power_of_two,
@@ -110,11 +112,9 @@ class Blocks:
 
     def check_tpu(self, t: int, s: int, d: int, p: int, dtype: Any, vmem_bytes: int) -> None:
         """Raises KernelError for blocks that Mosaic would refuse."""
-        for name, block, size in (("q", self.q, t), ("k", self.k, s)):
-            if block != size and (block % LANES or block > size):
-                raise KernelError(f"block {name} of {block}: a multiple of {LANES} up to {size}, or {size} itself")
-        if self.vmem(d, p, dtype) > vmem_bytes:
-            raise KernelError(f"{self} needs {self.vmem(d, p, dtype)} bytes of VMEM, the limit is {vmem_bytes}")
+        check_block("q", self.q, t, LANES)
+        check_block("k", self.k, s, LANES)
+        check_vmem(self, self.vmem(d, p, dtype), vmem_bytes)
 
     def check_gpu(self) -> None:
         """Raises KernelError for blocks that Triton would refuse."""

@@ -9,7 +9,17 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxpeft.kernels.platforms import LANES, VMEM_BYTES, KernelError, cut, power_of_two, sublanes, wide
+from jaxpeft.kernels.platforms import (
+    LANES,
+    VMEM_BYTES,
+    KernelError,
+    check_block,
+    check_vmem,
+    cut,
+    gpu_product,
+    sublanes,
+    wide,
+)
 
 MAX_SLOTS = 32  # of a block of rows on TPU: each is two operands of the kernel
 MAX_TABLE = 2**16  # entries that are read ahead on TPU, 12 bytes each of a memory of 1 MiB
@@ -47,26 +57,20 @@ class GroupedBlocks:
 
     @classmethod
     def for_gpu(cls, m: int, k: int, n: int, r: int) -> "GroupedBlocks":
-        wide_rank = r > 64
-        return cls(power_of_two(m, 16, 64 if wide_rank else 128), power_of_two(k, 16, 32), power_of_two(n, 16, 128))
+        return cls(*gpu_product(m, k, n, r))
 
     def check_tpu(self, m: int, k: int, n: int, r: int, t: int, dtype: Any, vmem_bytes: int) -> None:
         """Raises KernelError for blocks that Mosaic would refuse."""
-        for name, block, size, unit in (
-            ("m", self.m, m, sublanes(dtype)),
-            ("k", self.k, k, LANES),
-            ("n", self.n, n, LANES),
-        ):
-            if block != size and (block % unit or block > size):
-                raise KernelError(f"block {name} of {block}: a multiple of {unit} up to {size}, or {size} itself")
+        check_block("m", self.m, m, sublanes(dtype))
+        check_block("k", self.k, k, LANES)
+        check_block("n", self.n, n, LANES)
         if (count := slots(m, self.m, t)) > MAX_SLOTS:
             raise KernelError(
                 f"a block of {self.m} rows touches {count} examples, at most {MAX_SLOTS} are held: fewer rows"
             )
         if pl.cdiv(m, self.m) * count > MAX_TABLE:
             raise KernelError(f"{m} rows of {t} an example: the table of their groups is too long; split the batch")
-        if (need := self.vmem(m, r, t, dtype)) > vmem_bytes:
-            raise KernelError(f"{self} needs {need} bytes of VMEM, the limit is {vmem_bytes}: smaller blocks")
+        check_vmem(self, self.vmem(m, r, t, dtype), vmem_bytes)
 
     def vmem(self, m: int, r: int, t: int, dtype: Any) -> int:
         """Bytes of VMEM: each block twice, so that the next is fetched meanwhile, the factors once more, the sums."""

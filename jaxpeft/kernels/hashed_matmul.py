@@ -32,6 +32,8 @@ from jaxpeft.kernels.platforms import (
     VMEM_BYTES,
     Backend,
     KernelError,
+    check_block,
+    check_vmem,
     cut,
     dot,
     gpu_params,
@@ -85,15 +87,13 @@ class HashedBlocks:
     def check_tpu(self, m: int, fold: Fold, dtype: Any, across: bool, vmem_bytes: int) -> None:
         """Raises KernelError for blocks that Mosaic would refuse."""
         check_tpu(fold)
-        if self.m != m and (self.m % sublanes(dtype) or self.m > m):
-            raise KernelError(f"block m of {self.m}: a multiple of {sublanes(dtype)} up to {m}, or {m} itself")
+        check_block("m", self.m, m, sublanes(dtype))
         for name, block, size in (("k", self.k, fold.shape[0]), ("n", self.n, fold.shape[1])):
             if size % block or (block != size and block % LANES):
                 raise KernelError(
                     f"block {name} of {block}: a divisor of {size} that is a multiple of {LANES}, or {size}"
                 )
-        if (need := self.vmem(fold, dtype, across)) > vmem_bytes:
-            raise KernelError(f"{self} needs {need} bytes of VMEM, the limit is {vmem_bytes}: smaller blocks")
+        check_vmem(self, self.vmem(fold, dtype, across), vmem_bytes)
 
     def vmem(self, fold: Fold, dtype: Any, across: bool) -> int:
         """Bytes of VMEM: the memory, a tile as it is made, the kept tiles, blocks of x and y twice, the sums."""

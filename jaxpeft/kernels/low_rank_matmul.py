@@ -34,9 +34,12 @@ from jaxpeft.kernels.platforms import (
     VMEM_BYTES,
     Backend,
     KernelError,
+    check_block,
+    check_vmem,
     cut,
     dot,
     gpu_params,
+    gpu_product,
     on_platform,
     out_like,
     power_of_two,
@@ -74,22 +77,14 @@ class Blocks:
 
     @classmethod
     def for_gpu(cls, m: int, k: int, n: int, r: int) -> "Blocks":
-        wide_rank = r > 64
-        return cls(power_of_two(m, 16, 64 if wide_rank else 128), power_of_two(k, 16, 32), power_of_two(n, 16, 128))
+        return cls(*gpu_product(m, k, n, r))
 
     def check_tpu(self, m: int, k: int, n: int, r: int, dtype: Any, vmem_bytes: int) -> None:
         """Raises KernelError for blocks that Mosaic would refuse."""
-        for name, block, size, unit in (
-            ("m", self.m, m, sublanes(dtype)),
-            ("k", self.k, k, LANES),
-            ("n", self.n, n, LANES),
-        ):
-            if block != size and (block % unit or block > size):
-                raise KernelError(f"block {name} of {block}: a multiple of {unit} up to {size}, or {size} itself")
-        if self.vmem(r, dtype) > vmem_bytes:
-            raise KernelError(
-                f"{self} needs {self.vmem(r, dtype)} bytes of VMEM, the limit is {vmem_bytes}: smaller blocks"
-            )
+        check_block("m", self.m, m, sublanes(dtype))
+        check_block("k", self.k, k, LANES)
+        check_block("n", self.n, n, LANES)
+        check_vmem(self, self.vmem(r, dtype), vmem_bytes)
 
     def vmem(self, r: int, dtype: Any) -> int:
         """Bytes of VMEM: each block twice, so that the next is fetched meanwhile, and the sums."""

@@ -79,6 +79,23 @@ def cut(size: int, want: int, unit: int) -> int:
     return size if size <= want else max(unit, want // unit * unit)
 
 
+def check_block(name: str, block: int, size: int, unit: int) -> None:
+    """Raises KernelError for a TPU's block of an axis that is neither a multiple of `unit` nor the whole axis."""
+    if block != size and (block % unit or block > size):
+        raise KernelError(f"block {name} of {block}: a multiple of {unit} up to {size}, or {size} itself")
+
+
+def check_vmem(blocks: Any, need: int, limit: int) -> None:
+    """Raises KernelError for blocks that need more VMEM than there may be used."""
+    if need > limit:
+        raise KernelError(f"{blocks} needs {need} bytes of VMEM, the limit is {limit}: smaller blocks")
+
+
+def gpu_product(m: int, k: int, n: int, r: int) -> tuple[int, int, int]:
+    """Lengths of a GPU's blocks for a product with an update of rank r."""
+    return power_of_two(m, 16, 64 if r > 64 else 128), power_of_two(k, 16, 32), power_of_two(n, 16, 128)
+
+
 def power_of_two(size: int, low: int, high: int) -> int:
     """The power of two next over `size`, within `low` and `high`: Triton's blocks."""
     return max(low, min(high, pl.next_power_of_2(size)))

@@ -364,7 +364,7 @@ def _low_rank_product(
     lead, outer = x.value.shape[: x.value.ndim - len(inner)], w.value.shape[len(inner) :]
     choice = functools.partial(products.chosen, m, k, n, r, value.backend, local=products.is_local(x.value))
     drop = value.terms[1].dropout
-    if choice("cpu") == "merged" and drop is None:
+    if value.backend == "merged" and drop is None:
         kind = x.value.dtype
         flat = [w.value.reshape(k, n), a.value.reshape(k, r), b.value.reshape(r, n) * s.value.astype(b.value.dtype)]
         y: Any = products.merged(options.get("precision"), x.value.reshape(m, k), *(f.astype(kind) for f in flat))

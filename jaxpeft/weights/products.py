@@ -5,8 +5,9 @@
     merged         x (w + s a b): fewer operations where the rows outnumber k n / (k + n), at the cost of one dense copy
                    of the weight while the product runs; its gradients still take the low-rank way
 
-On a CPU two products are the best of what never forms the weight, forward and backward: `experiments/bench/products.py`
-measures them against [w a] and [x h] concatenated, and against the merged one.
+`experiments/bench/products.py` measures them on a CPU, with two more that concatenate [w a] or [x h]: those are slower to
+train, as their gradients take that of w along. What several sites that share x (query, key, value) could save by one
+product with all their a is measured there too, and not done: a weight knows nothing of its neighbours.
 """
 
 import functools
