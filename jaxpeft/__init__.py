@@ -22,12 +22,28 @@ from jaxpeft.adapt.prompt_tuning import prompt_tuning
 from jaxpeft.adapt.ranks import trim_rank, with_rank
 from jaxpeft.adapt.unified import DESIGNS, Design, sublayer
 from jaxpeft.explain import Explanation, explain
+from jaxpeft.generated import generated, per_task
 from jaxpeft.hooks import Hook, from_nnx, on_hooks
 from jaxpeft.interpret import DenseError, DenseWarning, lift
 from jaxpeft.many import Many, SlotError, Slots, many
-from jaxpeft.method import METHODS, Adapted, MergeError, Method, adapt, chain, from_config, on_weights, register
+from jaxpeft.method import (
+    METHODS,
+    Adapted,
+    MergeError,
+    Method,
+    Study,
+    TaskError,
+    adapt,
+    bake,
+    chain,
+    from_config,
+    on_weights,
+    register,
+)
 from jaxpeft.readers import named, read
+from jaxpeft.topk import kth_largest, top_k_mask
 from jaxpeft.trees import Fixed, PatternError, combine, count, fingerprint, labels, learned, mix, nbytes, stack, unstack
+from jaxpeft.updates import mask_updates, relative_rates
 
 if TYPE_CHECKING:
     from jaxpeft.train.sweep import sweep
@@ -50,7 +66,10 @@ __all__ = [
     "PatternError",
     "SlotError",
     "Slots",
+    "Study",
+    "TaskError",
     "adapt",
+    "bake",
     "bitfit",
     "chain",
     "combine",
@@ -61,9 +80,11 @@ __all__ = [
     "from_config",
     "from_nnx",
     "full",
+    "generated",
     "head",
     "houlsby",
     "ia3",
+    "kth_largest",
     "labels",
     "learned",
     "lift",
@@ -71,22 +92,26 @@ __all__ = [
     "lst",
     "mam",
     "many",
+    "mask_updates",
     "mix",
     "named",
     "nbytes",
     "on_hooks",
     "on_weights",
     "parallel",
+    "per_task",
     "pfeiffer",
     "prefix_tuning",
     "prompt_tuning",
     "read",
     "register",
+    "relative_rates",
     "scaled_parallel",
     "squared_gradients",
     "stack",
     "sublayer",
     "sweep",
+    "top_k_mask",
     "trees",
     "trim_rank",
     "unstack",
@@ -95,9 +120,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The training loop brings data readers and checkpoints with it: imported when asked for.
+    # Methods are there by their registration, with no list to keep. The training loop brings data readers and checkpoints
+    # with it: imported when asked for.
+    if name in METHODS:
+        return METHODS[name].factory
     if name != "sweep":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{trees.near(name, METHODS)}")
     from jaxpeft.train.sweep import sweep
 
     return sweep
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *METHODS, "sweep"})

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key, PyTree
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Int, Key, PyTree
 
 from jaxpeft import trees
+from jaxpeft.hoist import over_rows
 from jaxpeft.interpret import Policy, lift
 from jaxpeft.roles import Role, roles
 from jaxpeft.weights import products
@@ -32,6 +35,10 @@ class MergeError(ValueError):
     """A method whose effect no set of dense weights can express."""
 
 
+class TaskError(ValueError):
+    """A task that a delta has no part for, or none where it has several."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a model, from which a method reads what it needs to initialise: shapes, and values where it must."""
@@ -42,6 +49,26 @@ class Call:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Study(NamedTuple):
+    """What a method may look at before it is made, where it is made for one task's data: see `Method.prepare`.
+
+    Attributes:
+      call: the model and an example batch.
+      loss: `(apply, batch, key) -> scalar`, the mean loss of a batch, where `apply(*inputs, **kwargs)` is a model with its
+        parameters in place, and `key` is None for evaluation.
+      train, validation: batches (`data.Batches`).
+      rate: the peak learning rate of the run that follows.
+      key: of everything random.
+    """
+
+    call: Call
+    loss: Callable[..., Array]
+    train: Any
+    validation: Any
+    rate: float
+    key: Key[Array, ""]
+
+
 class Mode(NamedTuple):
     """How an adapted model runs.
 
@@ -50,12 +77,14 @@ class Mode(NamedTuple):
       on_dense: as in `interpret.lift`.
       backend: how low-rank sums are multiplied; see `weights.products`.
       watch: told of every product with an adapted weight; see `explain`.
+      task: which of its tasks a delta acts for; None where the method knows no tasks.
     """
 
     dropout_key: Key[Array, ""] | None = None
     on_dense: Policy = "warn"
     backend: Backend = "auto"
     watch: Watch | None = None
+    task: Int[Array, ""] | int | None = None
 
     def at(self, site: str) -> "Mode":
         """The mode for one place: its own key."""
@@ -71,6 +100,13 @@ class Method(NamedTuple):
       wrap: `(apply_fn, delta, mode) -> apply_fn'`, the model as this delta changes it.
       merge: `(params, delta) -> params`, or None where no dense weights have the same effect.
       config: what made it, as plain data for files.
+      tasks: how many tasks its delta serves, each with a part of its own; None where it knows none.
+      rates: (pattern over the delta's paths, factor) pairs, the first that matches counts: parts that its paper trains at
+        another rate than the rest, relative to it; see `updates.relative_rates`.
+      prepare: `(study) -> method`, for a method that looks at the task's data before it is made (which weights matter, which
+        layers can go): what it answers is trained. None where there is nothing to look at.
+      bake: `(delta, task) -> (method, delta)`, the simpler method with the same effect on that task; None where it is
+        simple already.
     """
 
     name: str
@@ -78,6 +114,10 @@ class Method(NamedTuple):
     wrap: Callable[[ApplyFn, Delta, Mode], ApplyFn]
     merge: Callable[[Params, Delta], Params] | None
     config: Mapping[str, Any]
+    tasks: int | None = None
+    rates: tuple[tuple[str, float], ...] = ()
+    prepare: "Callable[[Study], Method] | None" = None
+    bake: "Callable[[Delta, Any], tuple[Method, Delta]] | None" = None
 
 
 class Adapted(NamedTuple):
@@ -86,9 +126,11 @@ class Adapted(NamedTuple):
     Attributes:
       init: `(key, params, *inputs, **kwargs) -> delta`. Inputs are an example batch; `jax.eval_shape` gives the delta's
         shapes without computing it.
-      apply: `(params, delta, *inputs, dropout_key=None, **kwargs)`, the adapted model.
-      merge: `(params, delta) -> params` such that `apply_fn(merged, ...)` is the adapted model. Raises `MergeError`
-        where no merge exists.
+      apply: `(params, delta, *inputs, dropout_key=None, task=None, **kwargs)`, the adapted model. `task` is for methods
+        whose delta serves several: a number for the whole batch, or (b,) one for each example (inputs and results then
+        have the examples on their leading axis, `kwargs` are shared); it may be traced. Raises `TaskError`.
+      merge: `(params, delta, task=None) -> params` such that `apply_fn(merged, ...)` is the adapted model. Raises
+        `MergeError` where no merge exists, `TaskError` as `apply`.
       method: what it was made from.
       base: the model itself, `(params, *inputs, **kwargs)`.
       backend: how low-rank sums are multiplied.
@@ -133,19 +175,83 @@ def adapt(apply_fn: ApplyFn, method: Method, *, on_dense: Policy = "warn", backe
         return method.init(key, Call(apply_fn, params, inputs, kwargs))
 
     def apply(
-        params: Params, delta: Delta, *inputs: Any, dropout_key: Key[Array, ""] | None = None, **kwargs: Any
+        params: Params,
+        delta: Delta,
+        *inputs: Any,
+        dropout_key: Key[Array, ""] | None = None,
+        task: Any = None,
+        **kwargs: Any,
     ) -> Any:
-        return method.wrap(apply_fn, delta, Mode(dropout_key, on_dense, backend))(params, *inputs, **kwargs)
+        task = _checked_task(method, task)
 
-    def merge(params: Params, delta: Delta) -> Params:
+        def run(task: Any, inputs: tuple[Any, ...], key: Any) -> Any:
+            mode = Mode(key, on_dense, backend, task=task)
+            return method.wrap(apply_fn, delta, mode)(params, *inputs, **kwargs)
+
+        if jnp.ndim(task) == 0:
+            return run(task, inputs, dropout_key)
+
+        def one(task: Any, inputs: Any, key: Any) -> Any:
+            y = run(task, jax.tree.map(lambda x: x[None], inputs), key)
+            return jax.tree.map(lambda x: x[0], y)
+
+        # What a task's part of the delta is made of does not depend on the example: `over_rows` makes it once a task.
+        assert method.tasks is not None
+        keys = None if dropout_key is None else jax.random.split(dropout_key, task.shape[0])
+        return over_rows(one, jnp.arange(method.tasks), task, (inputs, keys))
+
+    def merge(params: Params, delta: Delta, task: Any = None) -> Params:
         if method.merge is None:
             raise MergeError(
                 f"{method.name} has no merge: its effect depends on the hidden states, which no fixed weights express. "
                 "Keep base and delta apart and call `apply`"
             )
-        return method.merge(params, delta)
+        simple, own = bake(method, delta, task)
+        assert simple.merge is not None
+        return simple.merge(params, own)
 
     return Adapted(init, apply, merge, method, apply_fn, backend)
+
+
+def bake(method: Method, delta: Delta, task: Any = None) -> tuple[Method, Delta]:
+    """The simplest method, and its delta, with the effect that `delta` has on one task.
+
+    A delta that generates another (hypernetworks, routed inventories, shards, one part a task) becomes that other one:
+    a plain LoRA, plain adapters. It can then be saved in their files, put into `many`'s slots, merged.
+
+    Args:
+      method: any method; one that is simple already comes back as it is.
+      delta: of that method.
+      task: which task, where the delta serves several.
+
+    Raises:
+      TaskError: a task that the delta has no part for, or none where it has several.
+    """
+    task = _checked_task(method, task)
+    if jnp.ndim(task):
+        raise TaskError(f"tasks of shape {jnp.shape(task)}: a delta is baked for one task, a number")
+    return (method, delta) if method.bake is None else method.bake(delta, task)
+
+
+def _checked_task(method: Method, task: Any) -> Any:
+    """The task as `Mode` has it; 0 for the only one."""
+    if method.tasks is None:
+        if task is not None:
+            raise TaskError(f"task {task} for {method.name}, which knows no tasks: leave it out")
+        return None
+    if task is None:
+        if method.tasks > 1:
+            raise TaskError(f"{method.name} serves {method.tasks} tasks: say which, task=0..{method.tasks - 1}")
+        return 0
+    if not jnp.issubdtype(jnp.result_type(task), jnp.integer) or jnp.ndim(task) > 1:
+        raise TaskError(
+            f"task is {jnp.result_type(task)}{list(jnp.shape(task))}: expected an integer, or one an example"
+        )
+    if not isinstance(task, Tracer):
+        wrong = [int(t) for t in np.ravel(task) if not 0 <= t < method.tasks]
+        if wrong:
+            raise TaskError(f"task {wrong[0]}: {method.name} serves tasks 0 to {method.tasks - 1}")
+    return task if jnp.ndim(task) == 0 else jnp.asarray(task)
 
 
 def chain(*methods: Method, name: str = "chain") -> Method:
@@ -154,7 +260,7 @@ def chain(*methods: Method, name: str = "chain") -> Method:
     Its delta is a dict from each method's name (numbered where a name repeats) to that method's delta.
 
     Raises:
-      ValueError: no methods.
+      ValueError: no methods, or methods for different numbers of tasks.
     """
     if not methods:
         raise ValueError("a chain of no methods")
@@ -175,9 +281,39 @@ def chain(*methods: Method, name: str = "chain") -> Method:
             params = m.merge(params, delta[n])
         return params
 
+    def baked(delta: Delta, task: Any) -> tuple[Method, Delta]:
+        parts = {
+            n: (m, delta[n]) if m.bake is None else m.bake(delta[n], None if m.tasks is None else task)
+            for n, m in zip(labels, methods)
+        }
+        simple = chain(*(m._replace(name=old.name) for (m, _), old in zip(parts.values(), methods)), name=name)
+        return simple, {n: d for n, (_, d) in parts.items()}
+
+    def prepared(study: Study) -> Method:
+        made = [
+            m if m.prepare is None else m.prepare(study._replace(key=site_key(study.key, n)))
+            for n, m in zip(labels, methods)
+        ]
+        return chain(*(m._replace(name=old.name) for m, old in zip(made, methods)), name=name)
+
+    tasks = {m.tasks for m in methods if m.tasks is not None}
+    if len(tasks) > 1:
+        raise ValueError(
+            f"methods for {' and '.join(map(str, sorted(tasks)))} tasks in one chain: their tasks must be the same"
+        )
     mergeable = all(m.merge is not None for m in methods)
     config = {"method": "chain", "name": name, "methods": [dict(m.config) for m in methods]}
-    return Method(name, init, wrap, merge if mergeable else None, config)
+    return Method(
+        name,
+        init,
+        wrap,
+        merge if mergeable else None,
+        config,
+        tasks=next(iter(tasks), None),
+        rates=tuple((f"{n}/{pattern}", factor) for n, m in zip(labels, methods) for pattern, factor in m.rates),
+        prepare=None if all(m.prepare is None for m in methods) else prepared,
+        bake=None if all(m.bake is None for m in methods) else baked,
+    )
 
 
 def chain_labels(names: Sequence[str]) -> list[str]:
@@ -243,12 +379,16 @@ def entry(name: str) -> Entry:
     return METHODS[name]
 
 
+COMBINATORS: dict[str, Callable[..., Method]] = {
+    # What makes methods of methods: their configs hold configs.
+    "chain": lambda methods, name: chain(*map(from_config, methods), name=name),
+}
+
+
 def from_config(config: Mapping[str, Any]) -> Method:
     """The method that a `Method.config` describes."""
-    if config["method"] == "chain":
-        return chain(*map(from_config, config["methods"]), name=config["name"])
     rest = {k: v for k, v in config.items() if k != "method"}
-    return entry(config["method"]).factory(**rest)
+    return (COMBINATORS.get(config["method"]) or entry(config["method"]).factory)(**rest)
 
 
 def site_key(key: Key[Array, ""], site: str) -> Key[Array, ""]:

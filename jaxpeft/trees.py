@@ -283,14 +283,25 @@ def unstack(tree: T) -> list[T]:
     return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(sizes.pop())]
 
 
-def mix(stacked: T, coefficients: Array) -> T:
-    """A weighted sum over the leading axis of every leaf.
+def mix(stacked: T, coefficients: PyTree) -> T:
+    """A weighted sum over the leading axis of every leaf: soups, routed inventories, task vectors.
 
     Args:
       stacked: leaves of shape (n, ...).
-      coefficients: (n,). A one-hot vector is a choice; `vmap` over it gives one mixture per example.
+      coefficients: (n,) for all leaves, or a tree of such vectors whose structure is a prefix of the other's: one for each
+        block or leaf. A one-hot vector is a choice; `vmap` over them gives one mixture per example.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.array([1.0, 3.0])
+      >>> mix({"a": x, "b": x}, {"a": jnp.array([0.5, 0.5]), "b": jnp.array([0.0, 1.0])})
+      {'a': Array(2., dtype=float32), 'b': Array(3., dtype=float32)}
     """
-    return jax.tree.map(lambda x: jnp.tensordot(coefficients.astype(x.dtype), x, axes=1), stacked)
+
+    def block(c: Array, part: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jnp.tensordot(c.astype(x.dtype), x, axes=1), part)
+
+    return jax.tree.map(block, coefficients, stacked)
 
 
 def _difference(a: PyTree, b: PyTree) -> str:

@@ -3,8 +3,9 @@
     I = |W|                                          magnitude
     I = Σ_n (∂ loss(params, sample_n) / ∂W)²         squared gradients of single samples: the diagonal Fisher where
                                                      the loss is a negative log-likelihood with the true labels
+    I = Σ_b (∂ mean loss of batch b / ∂W)²           the same with batches for samples: SPT's sensitivity
 
-Letters: n samples, c samples whose gradients are held at once.
+Letters: n samples (or batches), c of them whose gradients are held at once.
 """
 
 from collections.abc import Callable

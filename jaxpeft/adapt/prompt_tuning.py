@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from jaxpeft import trees
 from jaxpeft.hooks import Hook, Site, Slots, on_hooks
@@ -53,25 +53,28 @@ def prompt_tuning(
         return jnp.concatenate([jnp.broadcast_to(prompt, (x.shape[0], *prompt.shape)), x], axis=1)
 
     def start(key: Key[Array, ""], slots: Slots, call: Call) -> Delta:
-        leaves = trees.by_path(call.params)
-        out = {}
-        for place, named in slots.items():
-            k, shape = site_key(key, place), named["prompt"].shape
-            if init == "vocabulary":
-                table = leaves.get(f"{place}/embedding")
-                if table is None or table.ndim != 2:
-                    raise ValueError(
-                        f"init 'vocabulary' needs a table at '{place}/embedding'; use 'normal' or 'uniform'"
-                    )
-                rows = jax.random.randint(k, (length,), 0, table.shape[0])
-                value = table[rows].astype(jnp.float32)
-            elif init == "normal":
-                value = 0.02 * jax.random.normal(k, shape)
-            else:
-                value = jax.random.uniform(k, shape, minval=-0.5, maxval=0.5)
-            out[place] = {"prompt": value}
-        return out
+        return {
+            place: {"prompt": prompt_start(site_key(key, place), place, named["prompt"].shape, init, call)}
+            for place, named in slots.items()
+        }
 
     return on_hooks(
         name, [Hook(at, around)], dict(method="prompt_tuning", length=length, init=init, at=at, name=name), init=start
     )
+
+
+def prompt_start(key: Key[Array, ""], place: str, shape: tuple[int, ...], init: str, call: Call) -> Float[Array, "l d"]:
+    """The prompt at the start: embeddings of random words of the module's table, or noise.
+
+    Raises:
+      ValueError: "vocabulary" where the module has no table `embedding`.
+    """
+    if init == "normal":
+        return 0.02 * jax.random.normal(key, shape)
+    if init == "uniform":
+        return jax.random.uniform(key, shape, minval=-0.5, maxval=0.5)
+    table = trees.by_path(call.params).get(f"{place}/embedding")
+    if table is None or table.ndim != 2:
+        raise ValueError(f"init 'vocabulary' needs a table at '{place}/embedding'; use 'normal' or 'uniform'")
+    rows = jax.random.randint(key, (shape[0],), 0, table.shape[0])
+    return table[rows].astype(jnp.float32)

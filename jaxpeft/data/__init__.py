@@ -22,6 +22,7 @@ from jaxpeft.data.batches import (
 )
 from jaxpeft.data.datasets import NAMES, TEXTS, Dataset, DatasetError, Split, TextSet, load, load_text, subsample
 from jaxpeft.data.manuals import ManualPages, manual_pages
+from jaxpeft.data.mixture import Mixture, mixture, of_task, shares, together
 from jaxpeft.data.tokens import Ragged, Tokenizer
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "DatasetError",
     "ImageBatch",
     "ManualPages",
+    "Mixture",
     "Ragged",
     "Split",
     "TextBatch",
@@ -47,8 +49,12 @@ __all__ = [
     "load",
     "load_text",
     "manual_pages",
+    "mixture",
     "model_folder",
+    "of_task",
     "restore_order",
+    "shares",
     "subsample",
     "text_batches",
+    "together",
 ]

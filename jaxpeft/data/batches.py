@@ -47,6 +47,7 @@ class TextBatch(NamedTuple):
       label: (b,) int32; 0 in padding rows.
       weight: (b,) float32, 1 for an example, 0 for padding.
       index: (b,) int32, which example the row is; -1 for padding.
+      task: () or (b,) int32, where there are several tasks (`data.mixture`).
     """
 
     input_ids: Int32[np.ndarray, "b t"]
@@ -54,6 +55,7 @@ class TextBatch(NamedTuple):
     label: Int32[np.ndarray, "b"]
     weight: Float32[np.ndarray, "b"]
     index: Int32[np.ndarray, "b"]
+    task: Int32[np.ndarray, "*b"] | None = None
 
 
 class ImageBatch(NamedTuple):
@@ -64,12 +66,14 @@ class ImageBatch(NamedTuple):
       label: (b,) int32; 0 in padding rows.
       weight: (b,) float32, 1 for an example, 0 for padding.
       index: (b,) int32, which example the row is; -1 for padding.
+      task: () or (b,) int32, where there are several tasks (`data.mixture`).
     """
 
     image: Float32[np.ndarray, "b h w c"]
     label: Int32[np.ndarray, "b"]
     weight: Float32[np.ndarray, "b"]
     index: Int32[np.ndarray, "b"]
+    task: Int32[np.ndarray, "*b"] | None = None
 
 
 B = TypeVar("B", TextBatch, ImageBatch)

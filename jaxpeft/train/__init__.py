@@ -21,6 +21,7 @@ from jaxpeft.train.sharding import (
 from jaxpeft.train.step import (
     Task,
     TrainState,
+    classes_of_tasks,
     create,
     cross_entropy,
     image_classification,
@@ -54,6 +55,7 @@ __all__ = [
     "accuracy",
     "base_spec",
     "base_specs",
+    "classes_of_tasks",
     "create",
     "cross_entropy",
     "evaluate",

@@ -23,7 +23,7 @@ import optax
 from jaxpeft import data, trees
 from jaxpeft.adapt.full import head as head_method
 from jaxpeft.files import load_delta, save_delta, to_plain, write_atomically
-from jaxpeft.method import METHODS, Adapted, Delta, Method, Params, adapt, chain, entry
+from jaxpeft.method import METHODS, Adapted, Call, Delta, Method, Params, Study, adapt, chain, entry
 from jaxpeft.models import load_classifier
 from jaxpeft.train import sharding
 from jaxpeft.train.checkpoints import Checkpoints
@@ -38,6 +38,7 @@ from jaxpeft.train.step import (
     make_step,
     text_classification,
 )
+from jaxpeft.updates import relative_rates
 
 
 class ConfigError(ValueError):
@@ -158,6 +159,30 @@ def build_method(config: Config, **overrides: Any) -> Method:
     return with_head(config, factory(**{**parse_options(config.method, config.options), **overrides}))
 
 
+def prepared(config: Config, loaded: Loaded, method: Method) -> Method:
+    """`method`, after it has looked at the data where it wants to; see `Method.prepare`."""
+    if method.prepare is None:
+        return method
+    train = batches_of(loaded, "train", config.batch_size, seed=config.seed, shuffle=True)
+    model = adapted_model(config, loaded, method)
+
+    def loss(apply: Callable[..., Any], batch: Any, key: Any) -> Any:
+        each = loaded.task.loss(loaded.task.forward(apply, batch, key), batch)
+        return jnp.sum(each * batch.weight) / jnp.maximum(jnp.sum(batch.weight), 1)
+
+    # The task's forward passes a key for dropout to adapted models; the base itself takes none.
+    base = lambda params, *inputs, dropout_key=None, **kwargs: model.base(params, *inputs, **kwargs)
+    study = Study(
+        Call(base, loaded.params, inputs_of(loaded, train.batch(0))),
+        loss,
+        train,
+        batches_of(loaded, "validation", _evaluation_rows(config)),
+        config.rate or entry(config.method).rate,
+        jax.random.fold_in(jax.random.key(config.seed), 1),
+    )
+    return method.prepare(study)
+
+
 def with_head(config: Config, method: Method) -> Method:
     """The method and the task's head: it is new, so every method has to train it."""
     return method if config.method in ("full", "head") else chain(method, head_method())
@@ -230,19 +255,21 @@ def schedule_of(config: Config, steps: int, peak: Any) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(up, 1)), after], [up]) if up else after
 
 
-def optimiser_of(config: Config, steps: int, rate: Any = None) -> optax.GradientTransformation:
-    """AdamW on the delta, clipped; the head at a rate of its own where one is set."""
+def optimiser_of(config: Config, steps: int, rate: Any = None, rates: Any = ()) -> optax.GradientTransformation:
+    """AdamW on the delta, clipped; the head at a rate of its own where one is set, parts at their method's `rates`."""
     peak = (config.rate or entry(config.method).rate) if rate is None else rate
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
 
     def adam(peak: Any) -> optax.GradientTransformation:
         return optax.adamw(schedule_of(config, steps, peak), weight_decay=config.weight_decay)
 
+    after = [relative_rates(rates)] if rates else []
     if not config.head_rate:
-        return optax.chain(*clip, adam(peak))
+        return optax.chain(*clip, adam(peak), *after)
     parts: dict[Any, Any] = {"head": adam(config.head_rate), "delta": adam(peak)}
     rule = {"head": "**/head/**"}
-    return optax.chain(*clip, optax.multi_transform(parts, lambda tree: trees.labels(tree, rule, default="delta")))
+    by_part = optax.multi_transform(parts, lambda tree: trees.labels(tree, rule, default="delta"))
+    return optax.chain(*clip, by_part, *after)
 
 
 def parts_of(config: Config) -> int:
@@ -285,11 +312,11 @@ def finetune(
     """
     began = time.perf_counter()
     loaded = load(config) if loaded is None else loaded
-    method = build_method(config)
+    method = prepared(config, loaded, build_method(config))
     adapted = adapted_model(config, loaded, method)
     train = batches_of(loaded, "train", config.batch_size, seed=config.seed, shuffle=True)
     steps = total_steps(config, train)
-    optimiser = optimiser_of(config, steps)
+    optimiser = optimiser_of(config, steps, rates=method.rates)
     params, place, state = _placed(config, loaded, adapted, optimiser, train)
 
     evaluation = Compiled(make_evaluation(adapted, loaded.task))

@@ -139,9 +139,16 @@ def place_state(mesh: Mesh, state: TrainState, params: PyTree | None = None) -> 
 
 
 def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
-    """A batch's rows divided over "data" and "fsdp". Each process passes its own rows, in the order of the processes."""
-    sharding = NamedSharding(mesh, P(BATCH))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+    """A batch's rows divided over "data" and "fsdp". Each process passes its own rows, in the order of the processes.
+
+    A scalar (the task of a whole batch) is the same everywhere.
+    """
+
+    def put(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, P(BATCH) if x.ndim else P()), x)
+
+    return jax.tree.map(put, batch)
 
 
 def put(x: Any, sharding: NamedSharding) -> jax.Array:

@@ -8,13 +8,14 @@ states with one base.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree, UInt32
 
@@ -72,6 +73,8 @@ def _forward(*fields: str, model_dropout: bool) -> Callable[[Callable[..., Any],
 
     def forward(apply: Callable[..., Any], batch: Any, key: Any) -> Any:
         own = {"deterministic": False, "rngs": {"dropout": key}} if model_dropout and key is not None else {}
+        if getattr(batch, "task", None) is not None:
+            own["task"] = batch.task
         return apply(*(getattr(batch, f) for f in fields), dropout_key=key, **own)
 
     return forward
@@ -106,6 +109,24 @@ def language_modelling(model_dropout: bool = False) -> Task:
     return Task(_forward("input_ids", "attention_mask", model_dropout=model_dropout), loss)
 
 
+def classes_of_tasks(task: Task, classes: Sequence[int]) -> Task:
+    """`task` for batches of several classification tasks whose heads are as wide as the widest: each task's logits are
+    those of its own classes, the others cannot be chosen.
+
+    Args:
+      task: its outputs are (b, c) logits.
+      classes: how many classes each task has, at most c.
+    """
+    known = np.asarray(classes)
+
+    def forward(apply: Callable[..., Any], batch: Any, key: Any) -> Any:
+        logits = task.forward(apply, batch, key)
+        own = jnp.arange(logits.shape[-1])[None] < jnp.take(known, jnp.reshape(batch.task, (-1, 1)))
+        return jnp.where(own, logits, jnp.finfo(logits.dtype).min)
+
+    return Task(forward, task.loss)
+
+
 def create(delta: PyTree, optimiser: optax.GradientTransformation, seed: Any = 0) -> TrainState:
     """The state at step 0."""
     learned, fixed = trees.learned(delta)
@@ -130,6 +151,7 @@ def make_step(
     *,
     accumulate: int = 1,
     axis: str | None = None,
+    gradient: Callable[..., Any] = jax.value_and_grad,
 ) -> Step:
     """A pure `(state, params, batch) -> (state, {"loss", "gradient_norm", "accuracy"})`.
 
@@ -139,6 +161,8 @@ def make_step(
       optimiser: any optax transformation; it sees the learned leaves only.
       accumulate: splits the batch's rows into this many parts, one after another, with the gradient of the whole.
       axis: the mapped axis to average over, under `pmap` or `shard_map`; under jit, shardings do it.
+      gradient: how the gradient is found, called as `jax.value_and_grad(f, has_aux=True)`, where f takes the learned
+        leaves first and a key last: an estimate from values, for instance (`tune.spsa`).
 
     Raises:
       ValueError: the batch's rows do not divide into `accumulate` parts.
@@ -152,16 +176,16 @@ def make_step(
         )
         return jnp.sum(task.loss(outputs, batch) * batch.weight), jnp.sum(hits * batch.weight)
 
-    gradient = jax.value_and_grad(losses, has_aux=True)
+    found = gradient(losses, has_aux=True)
 
     def step(state: TrainState, params: PyTree, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         if axis is not None:  # each device draws its own dropout
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         if accumulate == 1:
-            (loss, hits), grads = gradient(state.learned, state, params, batch, key)
+            (loss, hits), grads = found(state.learned, state, params, batch, key)
         else:
-            loss, hits, grads = _accumulated(gradient, state, params, batch, key, accumulate)
+            loss, hits, grads = _accumulated(found, state, params, batch, key, accumulate)
         weight = jnp.sum(batch.weight)
         if axis is not None:
             loss, hits, weight, grads = jax.lax.psum((loss, hits, weight, grads), axis)
@@ -183,8 +207,12 @@ def _accumulated(gradient: Any, state: TrainState, params: PyTree, batch: Any, k
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % parts:
         raise ValueError(f"a batch of {rows} rows does not divide into accumulate={parts} parts")
+
     # Part i takes the rows i, i + parts, ...: on a mesh every part then has rows of every device.
-    cut = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(rows // parts, parts, *x.shape[1:]), 1, 0), batch)
+    def rows_of_parts(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(rows // parts, parts, *x.shape[1:]), 1, 0) if jnp.ndim(x) else jnp.full(parts, x)
+
+    cut = jax.tree.map(rows_of_parts, batch)
 
     def one(total: Any, part: Any) -> Any:
         i, piece = part

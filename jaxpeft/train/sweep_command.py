@@ -22,11 +22,13 @@ from jaxpeft.train.run import (
     Progress,
     adapted_model,
     batches_of,
+    build_method,
     inputs_of,
     load,
     optimiser_of,
     parse_options,
     parts_of,
+    prepared,
     total_steps,
     with_head,
 )
@@ -47,6 +49,8 @@ def settings_of(config: Config, axes: Mapping[str, Sequence[float]]) -> dict[str
     for name in ("alpha", "rank", "dropout"):
         if axes[name] and _argument(config.method, name) is None:
             raise ConfigError(f"{config.method} has no {name} to sweep")
+    if any(axes[name] for name in ("alpha", "rank", "dropout")) and build_method(config).prepare is not None:
+        raise ConfigError(f"{config.method} looks at the data before it is made: sweep its rate, decay and seed only")
     return grid(**{name: axes[name] for name in AXES if axes[name]})
 
 
@@ -101,10 +105,14 @@ def sweep_validation(
     example = inputs_of(loaded, train.batch(0))
     rank = int(settings["rank"].max()) if "rank" in settings else None
 
+    plain = build_method(config)
+    ready = None if plain.prepare is None else prepared(config, loaded, plain)
+
     def make(setting: Mapping[str, Any]) -> Run:
-        adapted = adapted_model(config, loaded, method_of(config, setting, rank))
+        method = ready or method_of(config, setting, rank)
+        adapted = adapted_model(config, loaded, method)
         own = dataclasses.replace(config, weight_decay=setting.get("weight_decay", config.weight_decay))
-        optimiser = optimiser_of(own, steps, setting["rate"])
+        optimiser = optimiser_of(own, steps, setting["rate"], method.rates)
         run = run_of(adapted, optimiser, loaded.task, *example, seed=setting["seed"], accumulate=parts_of(config))
 
         def evaluate(state: TrainState, params: Any, batch: Any) -> dict[str, Any]:

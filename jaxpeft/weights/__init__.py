@@ -7,12 +7,14 @@ from jaxpeft.weights.factored import Dropout, Factor, Factored, Term
 from jaxpeft.weights.low_rank import low_rank
 from jaxpeft.weights.masked import masked
 from jaxpeft.weights.scaled import scaled
+from jaxpeft.weights.sparse import Sparse, sparse
 
 __all__ = [
     "ArrayLike",
     "Dropout",
     "Factor",
     "Factored",
+    "Sparse",
     "Term",
     "column_norm",
     "densify",
@@ -22,4 +24,5 @@ __all__ = [
     "low_rank",
     "masked",
     "scaled",
+    "sparse",
 ]
