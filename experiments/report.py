@@ -48,8 +48,10 @@ def _page(lines: list[str], found: dict[str, dict[str, Any]], folder: str) -> st
             lines += ["| claim | verdict | evidence |", "|---|---|---|"]
             lines += [f"| {c['claim']} | {c['verdict']} | {c.get('evidence', '')} |" for c in r["claims"]]
             lines.append("")
-        if "rows" in r:
-            rows = [_flat(row) for row in r["rows"]]
+        for table in ("rows", *r.get("tables", ())):
+            if not (rows := [_flat(row) for row in r.get(table, ())]):
+                continue
+            lines += [*([f"{table}:", ""] if table != "rows" else [])]
             columns = [c for c, x in rows[0].items() if not isinstance(x, list)]  # per-seed numbers: in the file
             lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
             lines += ["| " + " | ".join(_text(row.get(c)) for c in columns) + " |" for row in rows]

@@ -240,7 +240,8 @@ def main() -> None:
     for c in claims:
         print(f"{c['verdict']:>14}: {c['claim']} ({c['evidence']})")
     if out is not None:
-        record.write(out, {"claims": claims, **record.provenance(), "device": KIND, "rows": rows, "grouped": grouped})
+        tables = {"tables": ["grouped"], "rows": rows, "grouped": grouped}
+        record.write(out, {"claims": claims, **record.provenance(), "device": KIND, **tables})
         print(f"wrote {out}")
 
 

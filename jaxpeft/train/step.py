@@ -172,7 +172,9 @@ def make_step(
         delta = trees.combine(learned, state.fixed)
         outputs = task.forward(lambda *x, **k: adapted.apply(params, delta, *x, **k), batch, key)
         hits = (
-            (outputs.argmax(-1) == batch.label) if hasattr(batch, "label") and outputs.ndim == 2 else batch.weight * 0
+            (outputs.argmax(-1) == batch.label)
+            if hasattr(batch, "label") and getattr(outputs, "ndim", 0) == 2
+            else batch.weight * 0
         )
         return jnp.sum(task.loss(outputs, batch) * batch.weight), jnp.sum(hits * batch.weight)
 

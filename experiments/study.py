@@ -1,0 +1,395 @@
+"""What the experiments share: runs as compiled programs, rates chosen on validation, seeds, paired intervals, the file.
+
+    arms = {"LoRA": Arm(chain(lora(4), head())), "full": Arm(full())}
+    done = measure(arms, problem, Budget(steps=300, batch=32, rates=(1e-3, 3e-3)))
+    difference(done["LoRA"], done["full"])           # mean and half-width of the 95 % interval, paired over seeds
+
+A `Problem` is a model with data of one or several tasks; an `Arm` is a method on it. For each arm one rate out of the grid
+by the validation score of the tuning seeds (which are not among the measured ones), then every seed once, of which the
+test score is looked at once. A run is one program: a scan over its steps, with the rate, the seed and the order of the
+examples as arguments, so that all runs of an arm compile once.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import record
+from scipy import stats
+
+from jaxpeft import Adapted, Method, adapt, data, train, trees
+from jaxpeft.files import write_atomically
+from jaxpeft.updates import relative_rates
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A frozen model and the examples to adapt it to.
+
+    Attributes:
+      apply_fn, params: the model.
+      examples: split -> batch (an `ImageBatch` or `TextBatch`) that holds all of its examples, `task` (n,) included where
+        there are several.
+      task: forward and loss.
+      score: `(outputs, batch) -> (n,)`, whose mean over a split is what is compared (the mean over tasks of each task's
+        mean, where there are several); larger is better.
+    """
+
+    apply_fn: Callable[..., Any]
+    params: Any
+    examples: Mapping[str, Any]
+    task: train.Task
+    score: Callable[[Any, Any], Any] = lambda outputs, batch: outputs.argmax(-1) == batch.label
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What every arm may spend."""
+
+    steps: int = 300
+    batch: int = 32
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    tuning_seeds: int = 2
+    seeds: int = 5
+    warmup: float = 0.06
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A method on a problem.
+
+    Attributes:
+      method: what is trained. One with `prepare` looks at the training split first, for each seed anew.
+      rates: its own grid, where it should not be the budget's.
+      start: `(key, params, delta) -> delta`, another start (a source task's delta).
+      gradient: in the place of `jax.value_and_grad`; see `train.make_step`.
+      optimiser: `(rate, steps) -> optax transformation` instead of Adam with warm-up and linear decay.
+      problem: another problem with the same splits (another base, another loss).
+    """
+
+    method: Method
+    rates: tuple[float, ...] | None = None
+    start: Callable[..., Any] | None = None
+    gradient: Callable[..., Any] = jax.value_and_grad
+    optimiser: Callable[[Any, int], Any] | None = None
+    problem: Problem | None = None
+
+
+def images_of(images: np.ndarray, labels: np.ndarray, task: np.ndarray | None = None) -> data.ImageBatch:
+    """All examples of a split as one batch."""
+    n = len(labels)
+    image, label = jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
+    return data.ImageBatch(
+        image, label, jnp.ones(n), jnp.arange(n), None if task is None else jnp.asarray(task, jnp.int32)
+    )
+
+
+def texts_of(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, task: np.ndarray | None = None) -> data.TextBatch:
+    """All examples of a split as one batch of one length."""
+    n = len(labels)
+    arrays = (jnp.asarray(x, jnp.int32) for x in (ids, mask, labels))
+    return data.TextBatch(*arrays, jnp.ones(n), jnp.arange(n), None if task is None else jnp.asarray(task, jnp.int32))
+
+
+def rows_of(n: int, steps: int, batch: int, seed: int) -> np.ndarray:
+    """(steps, batch) indices: one random order of n examples after another."""
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(n) for _ in range(-(-steps * batch // n))]
+    return np.concatenate(orders)[: steps * batch].reshape(steps, batch)
+
+
+def adam(warmup: float) -> Callable[[Any, int], Any]:
+    """Adam, clipped, with warm-up and linear decay."""
+
+    def make(rate: Any, steps: int) -> Any:
+        up = max(1, round(warmup * steps))
+        parts = [optax.linear_schedule(0.0, 1.0, up), optax.linear_schedule(1.0, 0.0, max(1, steps - up))]
+        shape = optax.join_schedules(parts, [up])
+        return optax.chain(
+            optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_schedule(shape), optax.scale(-rate)
+        )
+
+    return make
+
+
+def trainer(adapted: Adapted, problem: Problem, arm: Arm, budget: Budget) -> Callable[..., Any]:
+    """`(params, delta, rate, seed, examples, rows (steps, b)) -> (delta, first bad step or -1, losses (steps,))`."""
+    make = arm.optimiser or adam(budget.warmup)
+
+    def build(rate: Any) -> Any:
+        extra = [relative_rates(adapted.method.rates)] if adapted.method.rates else []
+        return optax.chain(make(rate, budget.steps), *extra)
+
+    optimiser = optax.inject_hyperparams(build)
+    step = train.make_step(adapted, problem.task, optimiser(1.0), gradient=arm.gradient)
+
+    @jax.jit
+    def run(params: Any, delta: Any, rate: Any, seed: Any, examples: Any, rows: Any) -> Any:
+        def one(state: Any, rows: Any) -> Any:
+            state, numbers = step(state, params, jax.tree.map(lambda x: x[rows], examples))
+            return state, numbers["loss"]
+
+        state, losses = jax.lax.scan(one, train.create(delta, optimiser(rate), seed), rows)
+        return state.delta, state.first_bad, losses
+
+    return run
+
+
+def scorer(adapted: Adapted, problem: Problem, rows: int = 128) -> Callable[..., Any]:
+    """`(params, delta, examples) -> (n,)` scores, `rows` at a time."""
+
+    @jax.jit
+    def run(params: Any, delta: Any, examples: Any) -> Any:
+        n = examples.label.shape[0]
+        size = min(rows, n)
+        cut = lambda x: jnp.concatenate([x, x[: -n % size]]).reshape(-1, size, *x.shape[1:])
+
+        def part(batch: Any) -> Any:
+            apply = lambda *inputs, **kwargs: adapted.apply(params, delta, *inputs, **kwargs)
+            return problem.score(problem.task.forward(apply, batch, None), batch).astype(jnp.float32)
+
+        return jax.lax.map(part, jax.tree.map(cut, examples)).reshape(-1)[:n]
+
+    return run
+
+
+def inputs_of(batch: Any) -> tuple[Any, ...]:
+    """What the model reads of a batch."""
+    return (batch.image,) if hasattr(batch, "image") else (batch.input_ids, batch.attention_mask)
+
+
+def measure(arms: Mapping[str, Arm], problem: Problem, budget: Budget) -> dict[str, dict[str, Any]]:
+    """A row of each arm; printed as they come. `details` in a row are for the file, not for the table."""
+    return {name: _measured(name, arm, arm.problem or problem, budget) for name, arm in arms.items()}
+
+
+def _measured(name: str, arm: Arm, problem: Problem, budget: Budget) -> dict[str, Any]:
+    began = time.perf_counter()
+    examples, params = problem.examples, problem.params
+    n = examples["train"].label.shape[0]
+    few = jax.tree.map(lambda x: x[: budget.batch], examples["train"])
+    made: dict[Any, Any] = {}
+
+    def programs(seed: int) -> Any:
+        """The method (of this seed, where it looks at the data), its trainer and its scorer."""
+        key = seed if arm.method.prepare is not None else None
+        if key not in made:
+            method = arm.method
+            if method.prepare is not None:
+                method = method.prepare(study_of(problem, budget, seed))
+            adapted = adapt(problem.apply_fn, method)
+            made.clear()  # a prepared method is one seed's
+            made[key] = trainer(adapted, problem, arm, budget), scorer(adapted, problem), jax.jit(adapted.init)
+        return made[key]
+
+    def run(rate: float, seed: int, split: str) -> tuple[np.ndarray, Any, Any]:
+        fit, score, init = programs(seed)
+        key = jax.random.key(seed)
+        delta = init(key, params, *inputs_of(few))
+        if arm.start is not None:
+            delta = arm.start(key, params, delta)
+        rows = rows_of(n, budget.steps, min(budget.batch, n), seed)
+        delta, bad, losses = fit(params, delta, rate, seed, examples["train"], rows)
+        scores = np.asarray(score(params, delta, examples[split]))
+        return (scores if int(bad) < 0 else np.zeros_like(scores)), delta, losses
+
+    rates = arm.rates or budget.rates
+    tuning = [1000 + i for i in range(budget.tuning_seeds)]
+    mean_of = lambda scores, split: statistics.mean(means(scores, examples[split].task))
+    tried = {rate: [mean_of(run(rate, seed, "validation")[0], "validation") for seed in tuning] for rate in rates}
+    rate = max(tried, key=lambda r: statistics.mean(tried[r]))
+    test, by_task, last, learned = [], [], [], 0
+    for seed in range(budget.seeds):
+        scores, delta, losses = run(rate, seed, "test")
+        by_task.append(means(scores, examples["test"].task))
+        test.append(statistics.mean(by_task[-1]))
+        last.append(float(np.mean(np.asarray(losses)[-20:])))
+        learned = trees.count(trees.learned(delta)[0])
+    row = {
+        "method": name,
+        "trained": learned,
+        "rate": rate,
+        "test": test,
+        "mean": statistics.mean(test),
+        "std": statistics.stdev(test) if len(test) > 1 else 0.0,
+        "last_loss": statistics.mean(last),
+        "details": {
+            "validation_by_rate": {str(r): v for r, v in tried.items()},
+            "rate_at_the_grids_edge": len(rates) > 1 and rate in (min(rates), max(rates)),
+            "test_by_task": by_task if len(by_task[0]) > 1 else None,
+            "losses": last,
+            "seconds": time.perf_counter() - began,
+        },
+    }
+    print(
+        f"{name:28} {learned:>9,} trained  rate {rate:<7g} {100 * row['mean']:.2f} ± {100 * row['std']:.2f}  "
+        f"loss {row['last_loss']:.4f}  {row['details']['seconds']:.0f} s",
+        flush=True,
+    )
+    return row
+
+
+def means(scores: np.ndarray, task: Any) -> list[float]:
+    """The mean score of each task."""
+    if task is None:
+        return [float(scores.mean())]
+    task = np.asarray(task)
+    return [float(scores[task == t].mean()) for t in range(task.max() + 1)]
+
+
+def study_of(problem: Problem, budget: Budget, seed: int) -> Any:
+    """What a method that looks at the data gets to see; see `jaxpeft.Study`."""
+    from jaxpeft import Study
+    from jaxpeft.method import Call
+
+    def loss(apply: Any, batch: Any, key: Any) -> Any:
+        each = problem.task.loss(problem.task.forward(apply, batch, key), batch)
+        return jnp.sum(each * batch.weight) / jnp.sum(batch.weight)
+
+    few = jax.tree.map(lambda x: x[: budget.batch], problem.examples["train"])
+    base = lambda params, *inputs, dropout_key=None, **kwargs: problem.apply_fn(params, *inputs, **kwargs)
+    return Study(
+        Call(base, problem.params, inputs_of(few)),
+        loss,
+        Shuffled(problem.examples["train"], budget.batch, seed),
+        Shuffled(problem.examples["validation"], budget.batch, seed),
+        budget.rates[len(budget.rates) // 2],
+        jax.random.fold_in(jax.random.key(seed), 1),
+    )
+
+
+class Shuffled:
+    """Batches of one split, with the part of `data.Batches`' face that studies use."""
+
+    def __init__(self, examples: Any, size: int, seed: int):
+        self._examples, self._size, self._seed = examples, size, seed
+        self.num_examples = examples.label.shape[0]
+
+    def __len__(self) -> int:
+        return -(-self.num_examples // self._size)
+
+    def batch(self, position: int) -> Any:
+        rows = rows_of(self.num_examples, position + 1, min(self._size, self.num_examples), self._seed)[position]
+        return jax.tree.map(lambda x: x[rows], self._examples)
+
+
+# ----------------------------------------------------------------------------------------------- comparing, reporting
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % t-interval."""
+    n = len(values)
+    if n < 2:
+        return statistics.mean(values), float("inf")
+    return statistics.mean(values), float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / n**0.5
+
+
+def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float]:
+    """Of two rows, in points: mean and half-width of the interval of a - b, paired over seeds."""
+    return interval([100 * (x - y) for x, y in zip(a["test"], b["test"], strict=True)])
+
+
+def at_least(text: str, a: Mapping[str, Any], b: Mapping[str, Any], points: float = 0.0) -> dict[str, str]:
+    """The claim that a's mean is at least b's plus `points`."""
+    mean, half = difference(a, b)
+    return record.claim(text, mean >= points, f"{mean:+.2f} ± {half:.2f} points")
+
+
+def memory_of(adapted: Adapted, problem: Problem, rows: int = 64) -> dict[str, float]:
+    """Temporaries (MiB) and operations (GFLOP) of one gradient of the learned leaves, by the compiler."""
+    batch = jax.eval_shape(
+        lambda e: jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), e), problem.examples["train"]
+    )
+    delta = jax.eval_shape(adapted.init, jax.random.key(0), problem.params, *inputs_of(batch))
+    yes, no = trees.learned(delta)
+
+    def loss(yes: Any, no: Any, params: Any, batch: Any) -> Any:
+        apply = lambda *inputs, **kwargs: adapted.apply(params, trees.combine(yes, no), *inputs, **kwargs)
+        return problem.task.loss(problem.task.forward(apply, batch, None), batch).mean()
+
+    program = jax.jit(jax.grad(loss)).lower(yes, no, problem.params, batch).compile()
+    return {
+        "temporaries_mib": program.memory_analysis().temp_size_in_bytes / 2**20,
+        "gflop": program.cost_analysis()["flops"] / 1e9,
+    }
+
+
+def arguments(text: str) -> argparse.Namespace:
+    """`--smoke` and `--out`."""
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("--smoke", action="store_true", help="each part once, in small; writes only with --out")
+    parser.add_argument("--out", type=Path, help="the JSON file to write, and beside it the figure")
+    return parser.parse_args()
+
+
+def finish(
+    slug: str,
+    args: argparse.Namespace,
+    *,
+    paper: str,
+    setup: Any,
+    rows: Sequence[Mapping[str, Any]],
+    claims: Sequence[Mapping[str, str]],
+    began: float,
+    figure: Callable[[Any], None] | None = None,
+    **more: Any,
+) -> None:
+    """Prints the verdicts and writes `results/<slug>.json` (and `.png`); a smoke run writes only where it is told to.
+
+    Args:
+      slug: the card's file name.
+      args: from `arguments`.
+      paper, setup, rows, claims: as they stand in the file; the rows' `details` are kept apart from the table.
+      began: `time.perf_counter()` at the start.
+      figure: `(axes) -> None` draws it.
+      more: further keys of the file.
+    """
+    for c in claims:
+        print(f"{c['verdict']:>14}: {c['claim']} ({c['evidence']})")
+    out = args.out or (None if args.smoke else record.RESULTS / f"{slug}.json")
+    if out is None:
+        return
+    result = {
+        "paper": paper,
+        "setup": dataclasses.asdict(setup) if dataclasses.is_dataclass(setup) else setup,
+        **record.provenance(),
+        "claims": list(claims),
+        "rows": [{k: v for k, v in row.items() if k != "details"} for row in rows],
+        "details": {row["method"]: row["details"] for row in rows if "details" in row},
+        **more,
+        "seconds": time.perf_counter() - began,
+    }
+    record.write(out, result)
+    if figure is not None:
+        fig, axes = plt.subplots(figsize=(6.8, 4.2))
+        figure(axes)
+        fig.tight_layout()
+        write_atomically(out.with_suffix(".png"), lambda p: fig.savefig(p, format="png", dpi=150))
+        plt.close(fig)
+    print(f"wrote {out}")
+
+
+def points(rows: Sequence[Mapping[str, Any]], x: str, label: str, y_label: str) -> Callable[[Any], None]:
+    """A figure of the rows' means over their `x`, one named point a row."""
+
+    def draw(axes: Any) -> None:
+        for i, row in enumerate(rows):
+            at = (row[x], 100 * row["mean"])
+            axes.errorbar(*at, 100 * row["std"], fmt="o", capsize=3)
+            axes.annotate(row["method"], at, xytext=(5, 5 if i % 2 else -11), textcoords="offset points", fontsize=7)
+        axes.set(xscale="log", xlabel=label, ylabel=y_label)
+        axes.margins(x=0.2)
+
+    return draw
