@@ -65,7 +65,7 @@ def images(name: str, size: int = 28, *, examples: int = 0, split_seed: int | No
     Args:
       name: a data set of images (`jaxpeft.data`).
       size: they are brought to it.
-      examples: the first so many of each split; 0 for all.
+      examples: so many of each split, at random; 0 for all.
       split_seed: draws new splits of the same sizes out of all examples; None keeps the standard ones.
     """
     found = data.load(name)
@@ -78,9 +78,12 @@ def images(name: str, size: int = 28, *, examples: int = 0, split_seed: int | No
     out = {}
     for split, (inputs, labels) in parts.items():
         n = min(examples or len(labels), len(labels))
-        x = jnp.asarray(inputs[:n], jnp.float32) / found.pixel_max
+        if n < len(labels):
+            rows = np.sort(np.random.default_rng(0).permutation(len(labels))[:n])
+            inputs, labels = inputs[rows], labels[rows]
+        x = jnp.asarray(inputs, jnp.float32) / found.pixel_max
         x = x if x.shape[1] == size else jax.image.resize(x, (n, size, size, x.shape[-1]), "bilinear")
-        out[split] = (np.asarray(2 * x - 1), labels[:n])
+        out[split] = (np.asarray(2 * x - 1), labels)
     return out
 
 

@@ -73,7 +73,7 @@ class Arm:
     Attributes:
       method: what is trained. One with `prepare` looks at the training split first, for each seed anew.
       rates: its own grid, where it should not be the budget's.
-      start: `(key, params, delta) -> delta`, another start (a source task's delta).
+      start: `(seed, params, delta) -> delta`, another start (a source task's delta).
       gradient: in the place of `jax.value_and_grad`; see `train.make_step`.
       optimiser: `(rate, steps) -> optax transformation` instead of Adam with warm-up and linear decay.
       problem: another problem with the same splits (another base, another loss).
@@ -170,17 +170,23 @@ def inputs_of(batch: Any) -> tuple[Any, ...]:
     return (batch.image,) if hasattr(batch, "image") else (batch.input_ids, batch.attention_mask)
 
 
-def measure(arms: Mapping[str, Arm], problem: Problem, budget: Budget) -> dict[str, dict[str, Any]]:
-    """A row of each arm; printed as they come. `details` in a row are for the file, not for the table."""
-    return {name: _measured(name, arm, arm.problem or problem, budget) for name, arm in arms.items()}
+def measure(
+    arms: Mapping[str, Arm], problem: Problem, budget: Budget, deltas: dict[str, dict[int, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """A row of each arm; printed as they come. `details` in a row are for the file, not for the table.
+
+    Where `deltas` is given, it receives the trained deltas of the chosen rate: arm -> seed (tuning ones too) -> delta.
+    """
+    return {name: _measured(name, arm, arm.problem or problem, budget, deltas) for name, arm in arms.items()}
 
 
-def _measured(name: str, arm: Arm, problem: Problem, budget: Budget) -> dict[str, Any]:
+def _measured(name: str, arm: Arm, problem: Problem, budget: Budget, deltas: Any) -> dict[str, Any]:
     began = time.perf_counter()
     examples, params = problem.examples, problem.params
     n = examples["train"].label.shape[0]
     few = jax.tree.map(lambda x: x[: budget.batch], examples["train"])
     made: dict[Any, Any] = {}
+    kept: dict[float, dict[int, Any]] = {}
 
     def programs(seed: int) -> Any:
         """The method (of this seed, where it looks at the data), its trainer and its scorer."""
@@ -196,13 +202,14 @@ def _measured(name: str, arm: Arm, problem: Problem, budget: Budget) -> dict[str
 
     def run(rate: float, seed: int, split: str) -> tuple[np.ndarray, Any, Any]:
         fit, score, init = programs(seed)
-        key = jax.random.key(seed)
-        delta = init(key, params, *inputs_of(few))
+        delta = init(jax.random.key(seed), params, *inputs_of(few))
         if arm.start is not None:
-            delta = arm.start(key, params, delta)
+            delta = arm.start(seed, params, delta)
         rows = rows_of(n, budget.steps, min(budget.batch, n), seed)
         delta, bad, losses = fit(params, delta, rate, seed, examples["train"], rows)
         scores = np.asarray(score(params, delta, examples[split]))
+        if deltas is not None:
+            kept.setdefault(rate, {})[seed] = jax.device_get(delta)
         return (scores if int(bad) < 0 else np.zeros_like(scores)), delta, losses
 
     rates = arm.rates or budget.rates
@@ -217,6 +224,8 @@ def _measured(name: str, arm: Arm, problem: Problem, budget: Budget) -> dict[str
         test.append(statistics.mean(by_task[-1]))
         last.append(float(np.mean(np.asarray(losses)[-20:])))
         learned = trees.count(trees.learned(delta)[0])
+    if deltas is not None:
+        deltas[name] = kept[rate]
     row = {
         "method": name,
         "trained": learned,
