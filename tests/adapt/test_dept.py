@@ -1,11 +1,14 @@
 """Decomposed prompt tuning: the card's oracles on a tiny encoder."""
 
 import dataclasses
+from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxpeft import adapt, dept, prompt_tuning, trees
 from jaxpeft.adapt.dept import budget
@@ -106,3 +109,24 @@ def test_bad_arguments_are_refused(params):
         started(params, dept(2, 2, 4))
     with pytest.raises(ValueError, match="prompt 101"):
         budget(100, 768, 256, 101)
+
+
+class Table(nn.Module):
+    """An embedding alone, where the pattern looks for one."""
+
+    @nn.compact
+    def __call__(self, ids):
+        return nn.Embed(10, 6, name="word")(ids)
+
+
+def test_it_makes_of_embedded_tokens_what_the_reference_makes(close):
+    g = {
+        k: jnp.asarray(v)
+        for k, v in load_file(Path(__file__).parents[2] / "third_party" / "dept" / "golden.safetensors").items()
+    }
+    adapted = adapt(Table().apply, dept(3, 2, 7, at="word"))
+    params = {"params": {"word": {"embedding": g["embedded"].reshape(10, 6)}}}
+    delta = {"params/word": {n: g[n] for n in ("prompt", "a", "b")}}
+    close(adapted.apply(params, delta, jnp.arange(10).reshape(2, 5)), g["output"])
+    assert float(jnp.abs(g["a_at_start"]).max()) <= 1 / np.sqrt(2)
+    assert float(g["scaling"][0]) == pytest.approx(8 / np.sqrt(2))

@@ -1,9 +1,12 @@
 """Poly and multi-head routing: the card's oracles on a tiny encoder."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxpeft import adapt, bake, lora, mhr, poly, trees
 from jaxpeft.adapt.mhr import compose, new_tasks, routing, to_average
@@ -170,3 +173,17 @@ def test_bad_arguments_are_refused(params):
         mhr(router="block")
     with pytest.raises(ValueError, match=r"heads 3 do not divide .*take a divisor of 8"):
         started(params, mhr(2, 3, heads=3))
+
+
+GOLDEN = load_file(Path(__file__).parents[2] / "third_party" / "mhr" / "golden.safetensors")
+
+
+@pytest.mark.parametrize("name", ["poly", "mhr"])
+def test_shares_and_layer_are_those_of_the_reference(name, close):
+    g = {k.removeprefix(f"{name}."): jnp.asarray(v) for k, v in GOLDEN.items() if k.startswith(f"{name}.")}
+    heads, skills, _, rank = g["a"].shape
+    logits = g["logits"].reshape(5, heads, skills)
+    close(routing(logits[g["tasks"]]), g["shares"], atol=1e-6)
+    adapted = adapt(lambda p, x: x @ p["w"] + p["b"], mhr(rank, skills, heads, 5, 6.0, "w"))
+    delta = {"skills": {"w": {"a": g["a"], "b": g["b"]}}, "router": {"w": logits}}
+    close(adapted.apply({"w": g["weight"].T, "b": g["bias"]}, delta, g["x"], task=g["tasks"]), g["y"])

@@ -1,9 +1,13 @@
 """ScaLearn and AdapterFusion: the cards' oracles on a tiny encoder."""
 
+from pathlib import Path
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxpeft import adapt, adapter_fusion, bake, chain, head, pfeiffer, scalearn, trees
 from jaxpeft.adapt.scalearn import combined, fold, value_regulariser
@@ -158,3 +162,54 @@ def test_what_does_not_fit_is_refused(params, sources):
     other = adapt(MODEL.apply, pfeiffer(4)).init(jax.random.key(0), params, IDS, MASK)
     with pytest.raises(ValueError, match="one model and one rank"):
         started(params, scalearn([sources[0], other], RANK))
+
+
+GOLDEN = {
+    k: jnp.asarray(v)
+    for k, v in load_file(Path(__file__).parents[2] / "third_party" / "scalearn" / "golden.safetensors").items()
+}
+
+
+@pytest.mark.parametrize("name", ["plain", "mean", "softmax", "uniform"])
+def test_the_combination_is_that_of_the_reference(name, close):
+    w = combined(GOLDEN[f"{name}.omega"], name if name in ("mean", "softmax") else "none")
+    close((w * GOLDEN["ups"]).sum(2) + GOLDEN["residual"], GOLDEN[f"{name}.output"])
+
+
+class Twice(nn.Module):
+    """Where a block's norm would stand, called first for the adapters' input and then on the sum: what comes second is
+    handed out as it is."""
+
+    @nn.compact
+    def __call__(self, z):
+        return z
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, z):
+        return Twice(name="mlp_norm")(z)
+
+
+def test_fusion_is_that_of_the_reference(close):
+    """T adapters that give the recorded outputs: from the recorded h, by ReLU units that are one for one token each."""
+    h, ups = GOLDEN["h"].reshape(6, 6), GOLDEN["ups"].reshape(6, 4, 6)
+    inverse = jnp.linalg.inv(h)  # h @ inverse is the identity: unit i sees token i alone
+    method = adapter_fusion(4, 6, at="mlp_norm")
+    down = jnp.broadcast_to(inverse, (4, 6, 6))
+    up = jnp.moveaxis(ups, 1, 0)  # (T, unit, d)
+    own = {
+        "down": down,
+        "down_bias": jnp.zeros((4, 6)),
+        "up": up,
+        "up_bias": jnp.zeros((4, 6)),
+        "query": GOLDEN["fusion.query.weight"].T,
+        "query_bias": GOLDEN["fusion.query.bias"],
+        "key": GOLDEN["fusion.key.weight"].T,
+        "key_bias": GOLDEN["fusion.key.bias"],
+        "value": GOLDEN["fusion.value.weight"].T,
+    }
+    adapted = adapt(Block().apply, method)
+    out = adapted.apply({"params": {}}, {"params/mlp_norm": own}, h[None])[0]
+    want = (GOLDEN["fusion.output"] - GOLDEN["residual"]).reshape(6, 6)
+    close(out - h, want, atol=1e-4)
