@@ -227,6 +227,23 @@ LAYOUT = {
             "feedforward_modules": ["0.mlp.down_proj"],
         },
     ),
+    "mhr": (
+        "llama",
+        jaxpeft.mhr(2, 3, 4, 5, at="**/layers_0/attention/query/kernel"),
+        {
+            M + "0.self_attn.q_proj.poly_lora_A": (4, 3, 4, 2),
+            M + "0.self_attn.q_proj.poly_lora_B": (4, 3, 2, 4),
+            M + "0.self_attn.q_proj.poly_router.module_logits": (5, 12),
+        },
+        {
+            "peft_type": "POLY",
+            "r": 2,
+            "n_tasks": 5,
+            "n_skills": 3,
+            "n_splits": 4,
+            "target_modules": ["0.self_attn.q_proj"],
+        },
+    ),
     "t5": (
         "t5",
         lora(at="**/cross_attention/value/kernel"),
@@ -307,6 +324,8 @@ METHODS = {
     "rslora": ("llama", lora(scaling="rslora", at="**/{query,down,word,lm_head}/{kernel,embedding}")),
     "dora": ("vit", jaxpeft.dora(rank=2, at="**/{query,patch}/kernel")),
     "ia3": ("t5", jaxpeft.ia3()),
+    "poly": ("bert", jaxpeft.poly(2, 3, 2, 1.0)),
+    "mhr": ("llama", jaxpeft.mhr(2, 3, 4, 2, 1.0, at="**/attention/{query,value}/kernel")),
     "inputs only": ("bert", jaxpeft.ia3("**/mlp/down/kernel", "**/mlp/down/kernel")),
     "prompt": ("t5", jaxpeft.prompt_tuning(2)),
     "prompt, classifier": ("roberta", jaxpeft.prompt_tuning(2)),

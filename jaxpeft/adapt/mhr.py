@@ -96,7 +96,7 @@ def _router(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = jnp.float3
     return jax.random.uniform(key, shape, dtype, -Z_RANGE, Z_RANGE)
 
 
-def _group(path: str, sharing: Sharing) -> str:
+def group(path: str, sharing: Sharing) -> str:
     """The name of the router that serves a weight."""
     if sharing == "weight":
         return path
@@ -180,22 +180,22 @@ def mhr(
             a = draw(stacked_keys(site_key(key, path), lead))
             b = jnp.zeros((*lead, heads, skills, rank, outer_axes[0] // heads, *outer_axes[1:]), dtype)
             inventory[path] = {"a": a, "b": b}
-            group = _group(path, router)
+            shared = group(path, router)
             own = (1,) * stack if router == "model" else lead
-            z = _router(site_key(key, f"{group}/router"), (*own, tasks, heads, skills))
-            if routers.setdefault(group, z).shape != z.shape:
+            z = _router(site_key(key, f"{shared}/router"), (*own, tasks, heads, skills))
+            if routers.setdefault(shared, z).shape != z.shape:
                 raise ValueError(
-                    f"router={router!r}: weights of {group!r} are stacked differently; take router='weight'"
+                    f"router={router!r}: weights of {shared!r} are stacked differently; take router='weight'"
                 )
         held = jax.tree.map(trees.Fixed, inventory) if train == "router" else inventory
         return {"skills": held, "router": routers}
 
     def emit(delta: Delta, task: Any, key: Any) -> Delta:
         alphas = {}
-        for group, z in delta["router"].items():
+        for name, z in delta["router"].items():
             own = jnp.take(z, task, axis=z.ndim - 3, mode="clip")
-            alphas[group] = routing(own, site_key(key, group) if sample and key is not None else None)
-        return {p: compose(d["a"], d["b"], alphas[_group(p, router)]) for p, d in delta["skills"].items()}
+            alphas[name] = routing(own, site_key(key, name) if sample and key is not None else None)
+        return {p: compose(d["a"], d["b"], alphas[group(p, router)]) for p, d in delta["skills"].items()}
 
     config: Mapping[str, Any] = dict(
         method="mhr",

@@ -7,12 +7,14 @@
 |---|---|
 | `lora` (rank and alpha by pattern, rsLoRA), `dora` | LORA, on linear layers, Conv1D, embeddings, convolutions |
 | `ia3` | IA3, on linear layers |
+| `poly`, `mhr` | POLY, on linear layers |
 | `prompt_tuning` | PROMPT_TUNING |
 | `prefix_tuning`, its network folded | PREFIX_TUNING; read back as `mlp=0` |
 | `head`, `full`, `bitfit` in a chain with one of these | modules_to_save; adapted layers' biases as `lora_only` |
 
 What both libraries compute is equal in evaluation, or the adapter is refused with the reason (`InterchangeError`):
 
+- Methods that generate another's delta (MoS, a hypernetwork's adapters) are baked first: `bake(method, delta, task)`.
 - PEFT 0.21.2 has no bottleneck adapters (`houlsby`, `pfeiffer`, `parallel`; its "adaption prompt" is another method):
   use `save_delta`.
 - A word table that the head shares (GPT-2, T5, tied Llamas) is adapted with the head here, without it there.

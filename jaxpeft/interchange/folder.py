@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxpeft import trees
 from jaxpeft.files import Saved, write_atomically
-from jaxpeft.interchange import low_rank, plain, rescaling, virtual
+from jaxpeft.interchange import low_rank, plain, rescaling, routed, virtual
 from jaxpeft.interchange.errors import InterchangeError
 from jaxpeft.interchange.keys import SUPPORTED, check_keys
 from jaxpeft.interchange.layout import PREFIX, VIRTUAL_PREFIX, Part
@@ -27,12 +27,15 @@ _WRITERS = {
     "lora": low_rank.write,
     "dora": low_rank.write,
     "ia3": rescaling.write,
+    "mhr": routed.write,
+    "poly": routed.write,
     "prompt_tuning": virtual.write_prompt,
     "prefix_tuning": virtual.write_prefix,
 }
 _READERS = {
     "LORA": low_rank.read,
     "IA3": rescaling.read,
+    "POLY": routed.read,
     "PROMPT_TUNING": virtual.read_prompt,
     "PREFIX_TUNING": virtual.read_prefix,
 }
@@ -46,8 +49,8 @@ def save_peft(
     Args:
       folder: made if missing; an older adapter in it is replaced.
       delta: of `method`, on a model of `jaxpeft.models`, unrolled or scanned.
-      method: `lora`, `dora`, `ia3`, `prompt_tuning` or `prefix_tuning`, alone or in a `chain` with `head`, `full` or
-        `bitfit`.
+      method: `lora`, `dora`, `ia3`, `poly`, `mhr`, `prompt_tuning` or `prefix_tuning`, alone or in a `chain` with `head`,
+        `full` or `bitfit`.
       model, params: the base.
       base: the name or folder of the base, kept in the configuration for readers who look it up there.
 

@@ -10,7 +10,7 @@ from typing import Any
 from jaxpeft.interchange.errors import InterchangeError
 
 IMPLIED = ("classifier", "score")
-SUPPORTED = ("LORA", "IA3", "PROMPT_TUNING", "PREFIX_TUNING")
+SUPPORTED = ("LORA", "IA3", "POLY", "PROMPT_TUNING", "PREFIX_TUNING")
 
 _TARGETS = {"target_modules", "exclude_modules", "modules_to_save"}
 _VIRTUAL = {
@@ -26,6 +26,7 @@ READ = {
     | {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern"}
     | {"layers_to_transform", "layers_pattern", "init_lora_weights"},
     "IA3": _TARGETS | {"feedforward_modules"},
+    "POLY": _TARGETS | {"r", "n_tasks", "n_skills", "n_splits", "poly_type"},
     "PROMPT_TUNING": _VIRTUAL | {"prompt_tuning_init"},
     "PREFIX_TUNING": _VIRTUAL,
 }
@@ -46,6 +47,7 @@ HARMLESS = {
     # Both shapes are written alike, and PEFT corrects a wrong flag by the layer's class when it loads.
     | {"fan_in_fan_out", "ensure_weight_tying"},  # the second: shared tables are refused, whatever it says
     "IA3": _ANY | {"fan_in_fan_out", "init_ia3_weights"},
+    "POLY": _ANY | {"init_weights"},
     "PROMPT_TUNING": _ANY | {"prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"},
     # The file holds the tables themselves, whether or not a network made them.
     "PREFIX_TUNING": _ANY | {"encoder_hidden_size", "prefix_projection", "init_weights"},

@@ -197,6 +197,26 @@ def test_weights_saved_here_run_there(kind, name, tmp_path):
     compared(kind, method, tmp_path)
 
 
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_routed_layers_run_there_for_each_rows_task(heads, scan, tmp_path):
+    at = "**/attention/{query,value}/kernel"
+    method = jaxpeft.poly(2, 3, 5, 3.0, at) if heads == 1 else jaxpeft.mhr(2, 3, heads, 5, 3.0, at)
+    model, params, theirs, _ = base("bert", tmp_path, scan)
+    ours, inputs = batch("bert")
+    adapted, tasks = jaxpeft.adapt(model.apply, method), np.array([4, 1])
+    delta = noisy(adapted.init(jax.random.key(1), params, *ours))
+    before = logits(theirs, **inputs)
+    save_peft(tmp_path / "adapter", delta, method, model, params)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys.*")
+        wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    want = logits(wrapped.base_model, **inputs, task_ids=torch.tensor(tasks))
+    agree(adapted.apply(params, delta, *ours, task=tasks), want, before)
+    again = load_peft(tmp_path / "adapter", model, params)
+    agree(jaxpeft.adapt(model.apply, again.method).apply(params, again.delta, *ours, task=tasks), want)
+
+
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
 def test_scanned_layers_run_there(kind, name, tmp_path):
