@@ -21,7 +21,10 @@ from jaxpeft.models import SequenceClassifier, stack_layers
 from jaxpeft.models.encoder import EncoderConfig
 
 pytestmark = pytest.mark.usefixtures("quick")
-SPECIAL = {"scalearn": {"dropout": 0.0}}  # its default drops scales
+SPECIAL = {
+    "scalearn": {"dropout": 0.0},  # its default drops scales
+    "p_adapter": {"reduction": 2},  # divides the heads' width, which is 4
+}
 MAY_BE_ZERO = {("dept", "rank")}
 SMALL = {"rank": 2, "length": 3, "mlp": 5}  # instead of the defaults, where a method has such an argument
 CONFIG = EncoderConfig(
