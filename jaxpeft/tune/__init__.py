@@ -1,6 +1,19 @@
 """Hyperparameters: estimates without gradients, and searches."""
 
+from jaxpeft.tune.bandit import bandit
+from jaxpeft.tune.nsga2 import nsga2
 from jaxpeft.tune.search import Search, non_dominated, pareto_ranks
-from jaxpeft.tune.spsa import gain, rgf, spsa, spsa_gc
+from jaxpeft.tune.spsa import gain, rgf, spsa, spsa_gc, value_and_spsa
 
-__all__ = ["Search", "gain", "non_dominated", "pareto_ranks", "rgf", "spsa", "spsa_gc"]
+__all__ = [
+    "Search",
+    "bandit",
+    "gain",
+    "non_dominated",
+    "nsga2",
+    "pareto_ranks",
+    "rgf",
+    "spsa",
+    "spsa_gc",
+    "value_and_spsa",
+]
