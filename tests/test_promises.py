@@ -24,6 +24,10 @@ pytestmark = pytest.mark.usefixtures("quick")
 SPECIAL = {
     "scalearn": {"dropout": 0.0},  # its default drops scales
     "p_adapter": {"reduction": 2},  # divides the heads' width, which is 4
+    # Rows of the embeddings that these inputs do not use have no gradient.
+    "sparse": {"at": "**/layers*/**"},
+    "sparse_fine_tuning": {"score": "magnitude", "at": "**/layers*/**"},
+    "spt": {"score": "magnitude", "budget": 220},  # LoRA at the wide weights, entries of the others
 }
 MAY_BE_ZERO = {("dept", "rank")}
 SMALL = {"rank": 2, "length": 3, "mlp": 5}  # instead of the defaults, where a method has such an argument

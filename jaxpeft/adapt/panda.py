@@ -86,7 +86,7 @@ def transfer_init(source: PyTree, fresh: PyTree, keep_fresh: trees.Pattern = "he
     taken = {p: theirs.get(p) for p in own if p not in kept}
     if wrong := [p for p, x in taken.items() if x is None or jnp.shape(x) != jnp.shape(own[p])]:
         path = wrong[0]
-        has = jnp.shape(taken[path]) if taken[path] is not None else "nothing"
+        has = jnp.shape(theirs[path]) if path in theirs else "nothing"
         raise ValueError(
             f"the source has {has} at {path!r}, the target {jnp.shape(own[path])}: their prompts must be of one size"
         )

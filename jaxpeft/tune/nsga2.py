@@ -60,12 +60,15 @@ def _order(scores: Float[Array, "n k"]) -> Int[Array, "n"]:
     return jnp.lexsort((-crowding(worst_if_not_finite(scores), ranks), ranks))
 
 
-def nsga2(bits: int, numbers: int = 0, *, population: int = 16, start: Candidates | None = None) -> Search:
+def nsga2(
+    bits: int, numbers: int = 0, *, population: int = 16, objectives: int = 2, start: Candidates | None = None
+) -> Search:
     """NSGA-II; see the module.
 
     Args:
       bits, numbers: how many of each a candidate has; at least one in all.
       population: n, even and at least 4.
+      objectives: k, at least 1.
       start: the first candidates; None draws them.
 
     Returns:
@@ -75,10 +78,10 @@ def nsga2(bits: int, numbers: int = 0, *, population: int = 16, start: Candidate
     Raises:
       ValueError: sizes out of range.
     """
-    if bits < 0 or numbers < 0 or not bits + numbers or population < 4 or population % 2:
+    if bits < 0 or numbers < 0 or not bits + numbers or population < 4 or population % 2 or objectives < 1:
         raise ValueError(
-            f"bits {bits}, numbers {numbers}, population {population}: expected at least one variable, and an even "
-            "population of 4 or more"
+            f"bits {bits}, numbers {numbers}, population {population}, objectives {objectives}: expected at least one "
+            "variable and one objective, and an even population of 4 or more"
         )
 
     def init(key: Key[Array, ""]) -> Nsga2State:
@@ -86,10 +89,8 @@ def nsga2(bits: int, numbers: int = 0, *, population: int = 16, start: Candidate
         drawn = Candidates(
             jax.random.bernoulli(one, 0.5, (population, bits)), jax.random.uniform(two, (population, numbers))
         )
-        # Scores of one objective until the first answer says how many there are.
-        return Nsga2State(
-            drawn if start is None else start, jnp.full((population, 1), jnp.inf), jnp.zeros((), jnp.int32)
-        )
+        worst = jnp.full((population, objectives), jnp.inf)
+        return Nsga2State(drawn if start is None else start, worst, jnp.zeros((), jnp.int32))
 
     def ask(state: Nsga2State, key: Key[Array, ""]) -> tuple[Candidates, Nsga2State]:
         first = state.round == 0
@@ -97,11 +98,8 @@ def nsga2(bits: int, numbers: int = 0, *, population: int = 16, start: Candidate
         return jax.tree.map(lambda a, b: jnp.where(first, a, b), state.parents, children), state
 
     def tell(state: Nsga2State, candidates: Candidates, scores: Float[Array, "n k"]) -> Nsga2State:
-        own = (
-            jnp.broadcast_to(state.scores[:, :1], scores.shape) if state.scores.shape != scores.shape else state.scores
-        )
         every = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), state.parents, candidates)
-        both = jnp.concatenate([own, worst_if_not_finite(scores)])
+        both = jnp.concatenate([state.scores, worst_if_not_finite(scores)])
         kept = _order(both)[:population]
         return Nsga2State(jax.tree.map(lambda x: x[kept], every), both[kept], state.round + 1)
 

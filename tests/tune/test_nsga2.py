@@ -1,5 +1,7 @@
 """NSGA-II: crowding, elitism, and a problem with a known front."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +64,7 @@ def test_the_best_are_never_lost_and_nan_never_stays():
         candidates, state = search.ask(state, key)
         state = search.tell(state, candidates, objective(candidates))
         least.append(float(state.scores[:, 0].min()))
-    assert all(b <= a for a, b in zip(least, least[1:]))
+    assert all(b <= a for a, b in itertools.pairwise(least))
     assert least[-1] == -4
     assert jnp.isfinite(state.scores).all()
 
