@@ -8,7 +8,7 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -334,6 +334,7 @@ class Entry(NamedTuple):
     mergeable: bool
     exact_start: bool
     rate: float
+    reads: str
 
 
 METHODS: dict[str, Entry] = {}
@@ -347,6 +348,7 @@ def register(
     mergeable: bool,
     exact_start: bool,
     rate: float = 1e-3,
+    reads: Literal["anything", "images"] = "anything",
     name: str | None = None,
 ) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
     """Puts a factory into the registry under its own name.
@@ -354,15 +356,18 @@ def register(
     Args:
       family: the room it lives in ("adapt").
       paper: authors, venue, year.
-      mechanism: "weights", "hooks", "reader", or "chain".
+      mechanism: "weights", "hooks", "reader", "inputs", or "chain".
       mergeable: whether `merge` exists.
       exact_start: whether the adapted model equals its base before training, as the paper initialises it.
       rate: the peak learning rate (Adam) that `finetune` takes where none is given.
+      reads: what models it is for: of any inputs, or of images only.
       name: where it differs from the factory's.
     """
 
     def enter(factory: Callable[..., Method]) -> Callable[..., Method]:
-        METHODS[name or factory.__name__] = Entry(factory, family, paper, mechanism, mergeable, exact_start, rate)
+        METHODS[name or factory.__name__] = Entry(
+            factory, family, paper, mechanism, mergeable, exact_start, rate, reads
+        )
         return factory
 
     return enter

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxpeft
 from jaxpeft import METHODS, MergeError, PatternError, trees
 from jaxpeft.files import DeltaError, load_delta, save_delta
-from jaxpeft.models import SequenceClassifier, stack_layers
+from jaxpeft.models import ImageClassifier, SequenceClassifier, VisionConfig, stack_layers
 from jaxpeft.models.encoder import EncoderConfig
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -37,6 +37,20 @@ CONFIG = EncoderConfig(
 IDS = np.random.default_rng(0).integers(2, 20, (8, 4)).astype(np.int32)
 MASK = np.ones((8, 4), np.int32)
 MASK[1, 2:] = 0
+IMAGE = VisionConfig(
+    width=8,
+    layers=2,
+    heads=2,
+    head_dim=4,
+    mlp_width=16,
+    pre_norm=True,
+    image=(8, 8),
+    patch=(4, 4),
+    channels=3,
+    init_std=0.3,
+    plain=True,
+)
+PIXELS = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 3)).astype(np.float32)
 # float32 and another order of sums, through two layers.
 TOLERANCE = 1e-5
 
@@ -64,12 +78,16 @@ def moved(delta, seed=1, by=0.2):
 
 
 @functools.lru_cache
-def base():
-    model = SequenceClassifier(CONFIG, 3)
-    params = jax.jit(model.init)(jax.random.key(0), IDS, MASK)
+def base(name=""):
+    """The tiny encoder and its inputs, or for methods that read pixels the tiny ViT."""
+    image = name in METHODS and METHODS[name].reads == "images"
+    model = ImageClassifier(IMAGE, 3) if image else SequenceClassifier(CONFIG, 3)
+    inputs = (PIXELS,) if image else (IDS, MASK)
+    params = jax.jit(model.init)(jax.random.key(0), *inputs)
     rng = np.random.default_rng(1)
     # Biases and norms start at zeros and ones: moved, so that a forgotten one shows.
-    return model, jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), params)
+    params = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), params)
+    return model, params, inputs
 
 
 class Case:
@@ -77,14 +95,14 @@ class Case:
 
     def __init__(self, name):
         self.name, self.entry, self.method = name, METHODS[name], made(name)
-        model, self.params = base()
+        model, self.params, self.inputs = base(name)
         self.model, self.apply_fn = model, model.apply
         self.adapted = jaxpeft.adapt(model.apply, self.method, on_dense="refuse")
-        self.start = jax.jit(self.adapted.init)(jax.random.key(2), self.params, IDS, MASK)
+        self.start = jax.jit(self.adapted.init)(jax.random.key(2), self.params, *self.inputs)
         self.delta = moved(self.start)
 
-    def loss(self, delta, params, ids=IDS, mask=MASK, **kwargs):
-        return jnp.sum(jnp.sin(self.adapted.apply(params, delta, ids, mask, **kwargs)))
+    def loss(self, delta, params, *inputs, **kwargs):
+        return jnp.sum(jnp.sin(self.adapted.apply(params, delta, *(inputs or self.inputs), **kwargs)))
 
     def learned_loss(self, yes, no, params, *inputs, **kwargs):
         return self.loss(trees.combine(yes, no), params, *inputs, **kwargs)
@@ -94,15 +112,15 @@ class Case:
         """The training step's gradient: by the learned half alone."""
         self.traces = []
 
-        def step(yes, no, params, ids, mask):
+        def step(yes, no, params, *inputs):
             self.traces.append(1)
-            return jax.value_and_grad(self.learned_loss)(yes, no, params, ids, mask)
+            return jax.value_and_grad(self.learned_loss)(yes, no, params, *inputs)
 
         return jax.jit(step)
 
     @functools.cached_property
     def reference(self):
-        return self.step(*trees.learned(self.delta), self.params, IDS, MASK)
+        return self.step(*trees.learned(self.delta), self.params, *self.inputs)
 
     @functools.cached_property
     def outputs(self):
@@ -111,13 +129,13 @@ class Case:
         @jax.jit
         def run(start, delta):
             out = {
-                "base": self.apply_fn(params, IDS, MASK),
-                "start": adapted.apply(params, start, IDS, MASK),
-                "jit": adapted.apply(params, delta, IDS, MASK),
-                "dropped": adapted.apply(params, delta, IDS, MASK, dropout_key=jax.random.key(3)),
+                "base": self.apply_fn(params, *self.inputs),
+                "start": adapted.apply(params, start, *self.inputs),
+                "jit": adapted.apply(params, delta, *self.inputs),
+                "dropped": adapted.apply(params, delta, *self.inputs, dropout_key=jax.random.key(3)),
             }
             if self.entry.mergeable:
-                out["merged"] = self.apply_fn(adapted.merge(params, delta), IDS, MASK)
+                out["merged"] = self.apply_fn(adapted.merge(params, delta), *self.inputs)
             return out
 
         return run(self.start, self.delta)
@@ -152,7 +170,7 @@ def test_every_learned_leaf_has_a_gradient_and_nothing_else_does(case):
     largest = dict.fromkeys(trees.by_path(yes), 0.0)
     # A narrow ReLU is dead for all tokens at some draws: a leaf is in use if it is felt at one of several.
     for seed in range(1, 6):
-        _, grads = case.step(trees.learned(moved(case.start, seed))[0], no, case.params, IDS, MASK)
+        _, grads = case.step(trees.learned(moved(case.start, seed))[0], no, case.params, *case.inputs)
         sizes = {p: float(jnp.abs(g).max()) for p, g in trees.by_path(grads).items()}
         assert sizes.keys() == largest.keys()
         assert all(np.isfinite(list(sizes.values())))
@@ -165,12 +183,14 @@ def test_every_learned_leaf_has_a_gradient_and_nothing_else_does(case):
 
 def test_without_jit_the_answer_is_the_same(case, close):
     with jax.disable_jit(False):
-        close(case.adapted.apply(case.params, case.delta, IDS, MASK), case.outputs["jit"])
+        close(case.adapted.apply(case.params, case.delta, *case.inputs), case.outputs["jit"])
 
 
 def test_a_stack_of_deltas_is_vmapped(case, close):
     stacked = trees.stack([case.start, case.delta])
-    got = jax.jit(jax.vmap(case.adapted.apply, (None, 0, None, None)))(case.params, stacked, IDS, MASK)
+    got = jax.jit(jax.vmap(case.adapted.apply, (None, 0, *(None for _ in case.inputs))))(
+        case.params, stacked, *case.inputs
+    )
     close(got[0], case.outputs["start"])
     close(got[1], case.outputs["jit"])
 
@@ -184,7 +204,7 @@ def test_eight_devices_with_sharded_parameters_take_the_same_step(case, mesh, cl
     replicated = NamedSharding(mesh, PartitionSpec())
     rows = NamedSharding(mesh, PartitionSpec("d"))
     yes, no = jax.device_put(trees.learned(case.delta), replicated)
-    loss, grads = jax.jit(case.step)(yes, no, params, *jax.device_put((IDS, MASK), rows))
+    loss, grads = jax.jit(case.step)(yes, no, params, *jax.device_put(case.inputs, rows))
     close((loss, grads), case.reference, atol=1e-4)
 
 
@@ -193,35 +213,36 @@ def test_the_second_step_compiles_nothing_and_keeps_dtypes(case):
     yes, no = trees.learned(case.delta)
     traces = len(case.traces)
     new = jax.tree.map(lambda x, g: x - 0.1 * g, yes, grads)
-    case.step(new, no, case.params, IDS, MASK)
+    case.step(new, no, case.params, *case.inputs)
     assert len(case.traces) == traces
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), yes)
 
 
 def test_abstract_initialisation_gives_the_real_shapes_without_computing(case):
-    shapes = jax.eval_shape(case.adapted.init, jax.random.key(2), case.params, IDS, MASK)
+    shapes = jax.eval_shape(case.adapted.init, jax.random.key(2), case.params, *case.inputs)
     assert jax.tree.structure(shapes) == jax.tree.structure(case.start)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), case.start)
 
 
 def test_initialisation_is_a_function_of_its_key(case):
     init = jax.jit(case.adapted.init)
-    again = init(jax.random.key(2), case.params, IDS, MASK)
+    again = init(jax.random.key(2), case.params, *case.inputs)
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), again, case.start))
 
 
 @pytest.mark.parametrize("layout", ["scan", "scan and remat"])
 def test_scanned_and_recomputed_layers_give_the_same_answer_and_gradient(case, layout, close):
-    model = SequenceClassifier(dataclasses.replace(CONFIG, scan=True, remat="remat" in layout), 3)
+    config = dataclasses.replace(case.model.config, scan=True, remat="remat" in layout)
+    model = case.model.clone(config=config)
     params = stack_layers(case.params)
     adapted = jaxpeft.adapt(model.apply, case.method, on_dense="refuse")
-    shapes = jax.eval_shape(adapted.init, jax.random.key(2), params, IDS, MASK)
+    shapes = jax.eval_shape(adapted.init, jax.random.key(2), params, *case.inputs)
     yes, no = trees.learned(restacked(case.delta, shapes))
 
     @jax.jit
     def run(yes):
-        loss = lambda yes: jnp.sum(jnp.sin(adapted.apply(params, trees.combine(yes, no), IDS, MASK)))
-        return adapted.apply(params, trees.combine(yes, no), IDS, MASK), jax.grad(loss)(yes)
+        loss = lambda yes: jnp.sum(jnp.sin(adapted.apply(params, trees.combine(yes, no), *case.inputs)))
+        return adapted.apply(params, trees.combine(yes, no), *case.inputs), jax.grad(loss)(yes)
 
     y, grads = run(yes)
     close(y, case.outputs["jit"])
@@ -255,18 +276,18 @@ def unstacked_name(path, i):
 
 def test_dropout_acts_where_there_is_a_key_and_a_rate(close):
     for name in sorted(n for n in METHODS if accepts(n, "dropout")):
-        model, params = base()
+        model, params, inputs = base(name)
         adapted = jaxpeft.adapt(model.apply, made(name, dropout=0.5), on_dense="refuse")
-        delta = moved(jax.jit(adapted.init)(jax.random.key(2), params, IDS, MASK))
+        delta = moved(jax.jit(adapted.init)(jax.random.key(2), params, *inputs))
 
         @jax.jit
-        def run(delta, key, adapted=adapted, params=params):
-            plain = adapted.apply(params, delta, IDS, MASK)
-            return plain, adapted.apply(params, delta, IDS, MASK, dropout_key=key)
+        def run(delta, key, adapted=adapted, params=params, inputs=inputs):
+            plain = adapted.apply(params, delta, *inputs)
+            return plain, adapted.apply(params, delta, *inputs, dropout_key=key)
 
         plain, one = run(delta, jax.random.key(1))
         _, other = run(delta, jax.random.key(2))
-        loss = lambda d: jnp.sum(jnp.sin(adapted.apply(params, d, IDS, MASK, dropout_key=jax.random.key(1))))
+        loss = lambda d: jnp.sum(jnp.sin(adapted.apply(params, d, *inputs, dropout_key=jax.random.key(1))))
         jax.eval_shape(jax.grad(loss, allow_int=True), delta)
         assert not np.allclose(plain, one), name
         assert not np.allclose(one, other), name
@@ -283,7 +304,7 @@ def test_a_saved_delta_loads_as_it_was_with_its_method(case, tmp_path, close):
     assert jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), saved.delta, case.delta))
     assert saved.extra == {"note": "x"}
     again = jaxpeft.adapt(case.apply_fn, saved.method, on_dense="refuse")
-    close(jax.jit(again.apply)(case.params, saved.delta, IDS, MASK), case.outputs["jit"])
+    close(jax.jit(again.apply)(case.params, saved.delta, *case.inputs), case.outputs["jit"])
     with pytest.raises(DeltaError, match="fingerprint"):
         load_delta(tmp_path / "d", {"other": jnp.ones(2)})
 
@@ -292,17 +313,17 @@ def test_its_configuration_makes_it_again(case):
     again = jaxpeft.from_config(case.method.config)
     assert again.config == case.method.config
     assert again.name == case.method.name
-    shapes = jax.eval_shape(jaxpeft.adapt(case.apply_fn, again).init, jax.random.key(2), case.params, IDS, MASK)
+    shapes = jax.eval_shape(jaxpeft.adapt(case.apply_fn, again).init, jax.random.key(2), case.params, *case.inputs)
     assert jax.tree.structure(shapes) == jax.tree.structure(case.start)
 
 
 @pytest.mark.parametrize("name", sorted(n for n in METHODS if accepts(n, "at")))
 def test_a_pattern_that_matches_nothing_is_refused_with_near_misses(name):
-    model, params = base()
+    model, params, inputs = base(name)
     wrong = "**/layers_0/attention/querry/kernel" if METHODS[name].mechanism == "weights" else "**/attentionn"
     adapted = jaxpeft.adapt(model.apply, made(name, at=wrong))
     with pytest.raises(PatternError, match=r"matches no .*near misses: '.*attention"):
-        jax.eval_shape(adapted.init, jax.random.key(0), params, IDS, MASK)
+        jax.eval_shape(adapted.init, jax.random.key(0), params, *inputs)
 
 
 @pytest.mark.parametrize("name", sorted(n for n in METHODS if accepts(n, "rank") or accepts(n, "length")))
@@ -316,7 +337,7 @@ def test_a_size_below_one_is_refused_before_any_model_is_seen(name):
 
 def test_it_works_under_strict_promotion(case):
     with jax.numpy_dtype_promotion("strict"):
-        shapes = jax.eval_shape(case.adapted.init, jax.random.key(2), case.params, IDS, MASK)
+        shapes = jax.eval_shape(case.adapted.init, jax.random.key(2), case.params, *case.inputs)
         jax.eval_shape(
             jax.grad(lambda d: case.loss(d, case.params, dropout_key=jax.random.key(0)), allow_int=True), shapes
         )
@@ -327,9 +348,9 @@ def test_it_stands_in_a_chain_with_every_kind_of_neighbour(case):
     if case.entry.mechanism != "weights":  # a hook's parameters carry its name
         chained = jaxpeft.chain(jaxpeft.bitfit(name="biases"), case.method)
     adapted = jaxpeft.adapt(case.apply_fn, chained, on_dense="refuse")
-    shapes = jax.eval_shape(adapted.init, jax.random.key(2), case.params, IDS, MASK)
+    shapes = jax.eval_shape(adapted.init, jax.random.key(2), case.params, *case.inputs)
     assert len(shapes) == 2
-    out = jax.eval_shape(adapted.apply, case.params, shapes, IDS, MASK)
+    out = jax.eval_shape(adapted.apply, case.params, shapes, *case.inputs)
     assert out.shape == (8, 3)
 
 
@@ -338,7 +359,7 @@ def test_the_registry_is_told_the_truth():
     for name, entry in METHODS.items():
         method = made(name)
         assert (method.merge is not None) == entry.mergeable, name
-        assert entry.mechanism in ("weights", "hooks", "reader", "chain"), name
+        assert entry.mechanism in ("weights", "hooks", "reader", "inputs", "chain"), name
         assert entry.paper, name
         assert 0 < entry.rate < 1, name
         room = importlib.import_module(f"jaxpeft.{entry.family}")  # `jaxpeft.adapt`, the name, is the function
