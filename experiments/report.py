@@ -106,13 +106,14 @@ def methods_block() -> str:
 
 
 def costs_block(found: dict[str, dict[str, Any]]) -> str:
-    """The README's figures of cost: what the benchmark found."""
-    r = found.get("bench_finetune")
-    return (
-        "\n".join(bench_lines(r))
-        if r
-        else "The benchmark's committed run is still to come: `experiments/bench/finetune.py`."
-    )
+    """The README's figures of cost: what the benchmarks found."""
+    named = {"fine-tuning": "bench_finetune", "many adapters": "bench_adapters", "sweep": "bench_sweep"}
+    tables = {title: bench_lines(found[n]) for title, n in named.items() if n in found}
+    if not tables:
+        return "The benchmarks' committed runs are still to come: `experiments/bench`."
+    head = next(iter(tables.values()))[:2]
+    rows = [row.replace("| ", f"| {title}: ", 1) for title, lines in tables.items() for row in lines[2:]]
+    return "\n".join([*head, *rows])
 
 
 def memory_block(found: dict[str, dict[str, Any]]) -> str:
