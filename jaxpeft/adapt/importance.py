@@ -8,7 +8,7 @@
 Letters: n samples (or batches), c of them whose gradients are held at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree
 
 from jaxpeft import trees
 
-__all__ = ["magnitude", "squared_gradients"]
+__all__ = ["magnitude", "sensitivity", "squared_gradients"]
 
 
 def _wide(x: Array) -> Array:
@@ -65,3 +65,41 @@ def squared_gradients(
     zero = jax.tree.map(lambda w: jnp.zeros_like(_wide(w)), moving)
     total, _ = lax.scan(add, zero, parts)
     return trees.combine(total, jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), jnp.float32), fixed))
+
+
+def sensitivity(
+    loss_fn: Callable[[PyTree, Any], Array], params: PyTree, batches: Iterable[Any], where: trees.Pattern = "**"
+) -> dict[str, Array]:
+    """The sum over batches of the squared gradient of each one's loss: SPT's score, Σ_b (∂ L_b / ∂W)².
+
+    What a step of a small rate along the batch's gradient would gain by each weight alone, to first order. Unlike
+    `squared_gradients` it takes batches of different shapes (each shape compiles once), and no other leaf's gradient.
+
+    Args:
+      loss_fn: `(params, batch) -> scalar`, the mean loss of a batch.
+      params: the model's; nothing is updated between batches.
+      batches: pytrees of arrays.
+      where: pattern of the leaves that are scored; those that are not floating-point are left out.
+
+    Returns:
+      `{path: scores}` of the shapes of the leaves, in float32 or wider.
+
+    Raises:
+      ValueError: no batches.
+      PatternError: nothing matches.
+    """
+    chosen = set(trees.matches(where, trees.by_path(params), "parameter"))
+    inexact = lambda path, w: path in chosen and jnp.issubdtype(jnp.result_type(w), jnp.inexact)
+    moving, fixed = trees.partition(params, inexact)
+
+    @jax.jit
+    def add(total: PyTree, moving: PyTree, fixed: PyTree, batch: Any) -> PyTree:
+        grads = jax.grad(lambda m: loss_fn(trees.combine(m, fixed), batch))(moving)
+        return jax.tree.map(lambda t, g: t + jnp.square(_wide(g)), total, grads)
+
+    total, count = jax.tree.map(lambda w: jnp.zeros_like(_wide(w)), moving), 0
+    for batch in batches:
+        total, count = add(total, moving, fixed, batch), count + 1
+    if not count:
+        raise ValueError("no batches: a sensitivity is a sum over some")
+    return trees.by_path(total)

@@ -39,7 +39,8 @@ from jaxtyping import Array, Float, Key, PyTree
 from jaxpeft import trees
 from jaxpeft.adapt.importance import magnitude
 from jaxpeft.adapt.pruning import backbone_of, structural_prune
-from jaxpeft.adapt.structure import ARGUMENTS, Structure, argument, marked, structure
+from jaxpeft.adapt.side import answering, drop, linear, linear_start
+from jaxpeft.adapt.structure import Structure, argument, structure
 from jaxpeft.hooks import unhooked
 from jaxpeft.method import ApplyFn, Call, Delta, Method, Mode, Params, register, site_key
 from jaxpeft.models.clip import ClipTextConfig
@@ -48,7 +49,7 @@ from jaxpeft.models.encoder import EncoderConfig
 from jaxpeft.models.encoder_decoder import CrossBlock, EncoderDecoderConfig, relative_buckets
 from jaxpeft.models.layers import Block, BlockConfig, Norm, attention_bias, extend_left
 from jaxpeft.models.vit import VisionConfig
-from jaxpeft.readers import Taps, read
+from jaxpeft.readers import Taps
 from jaxpeft.trees import wide_dtype
 
 __all__ = ["lst"]
@@ -131,28 +132,6 @@ def towers_of(config: BlockConfig, tap: str, keep: Sequence[int] | None, drop_ev
     return (Tower("side", tap, Block, kept(config.layers)),)
 
 
-def _linear_start(key: Key[Array, ""], n: int, m: int, std: float | None, dtype: Any) -> dict[str, Array]:
-    if std is not None:
-        return {"kernel": std * jax.random.normal(key, (n, m), dtype), "bias": jnp.zeros((m,), dtype)}
-    kernel, bias = jax.random.split(key)
-    bound = 1 / math.sqrt(n)
-    return {
-        "kernel": jax.random.uniform(kernel, (n, m), dtype, -bound, bound),
-        "bias": jax.random.uniform(bias, (m,), dtype, -bound, bound),
-    }
-
-
-def _linear(p: Mapping[str, Array], x: Float[Array, "b t n"]) -> Float[Array, "b t m"]:
-    return x @ p["kernel"].astype(x.dtype) + p["bias"].astype(x.dtype).reshape(1, 1, -1)
-
-
-def _drop(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
-    if key is None or not rate:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
-
-
 def climb(
     phi: Mapping[str, Any],
     tower: Tower,
@@ -167,7 +146,7 @@ def climb(
     e = taps[f"{tower.tap}embedded"][0]
     hidden = taps.get(f"{tower.tap}hidden", [])
     key = mode.dropout_key
-    s = _linear(phi["down"], e)
+    s = linear(phi["down"], e)
     for i in tower.layers:
         layer = phi[f"layers_{i}"]
         if ladders:
@@ -177,7 +156,7 @@ def climb(
                     "positions (config narrow=False)"
                 )
             mu = jax.nn.sigmoid(layer["gate"] / temperature).astype(s.dtype)
-            s = mu * s + (1 - mu) * _linear(layer["down"], hidden[i])
+            s = mu * s + (1 - mu) * linear(layer["down"], hidden[i])
         rngs = {} if key is None else {"dropout": site_key(key, f"{tower.name}/layers_{i}")}
 
         def block(p: Any, s: Array, args: Any, rngs: Any = rngs) -> Any:
@@ -186,7 +165,7 @@ def climb(
         s = (jax.checkpoint(block) if side.remat else block)(layer["block"], s, args)
     s = Norm(side).apply({"params": phi["norm"]}, s)
     assert isinstance(s, jax.Array)
-    return _drop(s, side.dropout, None if key is None else site_key(key, f"{tower.name}/norm"))
+    return drop(s, side.dropout, None if key is None else site_key(key, f"{tower.name}/norm"))
 
 
 def _side_answer(
@@ -231,7 +210,7 @@ def _side_answer(
                 )
             rotary = rotary_angles(config.rope, positions, side.head_dim)
         s = run(tower, bias, rotary)
-    return _linear(phi["up"], s)
+    return linear(phi["up"], s)
 
 
 def _relative(phi: Mapping[str, Any], config: EncoderDecoderConfig, t: int, mask: Any, *, causal: bool) -> Array:
@@ -260,10 +239,10 @@ def _start(
         # A copy: a step may donate its delta's buffers, and at r = 1 these would be the backbone's.
         return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree)
 
-    out: dict[str, Any] = {"up": _linear_start(site_key(key, "up"), w, d, std, dtype)}
+    out: dict[str, Any] = {"up": linear_start(site_key(key, "up"), w, d, std, dtype)}
     for tower in towers:
         source = None if pruned is None else pruned.get(tower.name, pruned)
-        phi: dict[str, Any] = {"down": _linear_start(site_key(key, f"{tower.name}/down"), d, w, std, dtype)}
+        phi: dict[str, Any] = {"down": linear_start(site_key(key, f"{tower.name}/down"), d, w, std, dtype)}
         for i in tower.layers:
             place = f"{tower.name}/layers_{i}"
             if source is not None:
@@ -273,7 +252,7 @@ def _start(
                 layer = {"block": tower.block(plain).init(site_key(key, f"{place}/block"), *args)["params"]}
             if ladders:
                 layer["gate"] = jnp.zeros((), dtype)
-                layer["down"] = _linear_start(site_key(key, f"{place}/down"), d, w, std, dtype)
+                layer["down"] = linear_start(site_key(key, f"{place}/down"), d, w, std, dtype)
             phi[f"layers_{i}"] = layer
         if source is not None and "final_norm" in source:
             phi["norm"] = cast(source["final_norm"])
@@ -413,19 +392,16 @@ def lst(
             found = seen(Call(apply_fn, params, inputs, kwargs))
             side, _ = narrowed(found.config, reduction, dropout)
             towers = towers_of(found.config, found.tap, keep, drop_every)
-            outside = {} if found.given else {n: kwargs[n] for n in ARGUMENTS[:1] if kwargs.get(n) is not None}
             own = mode if side.dropout else Mode()
 
             def answer(taps: Taps) -> Array:
-                taps = {**{argument(n): [x] for n, x in outside.items()}, **taps}
-                with unhooked():
-                    return _side_answer(delta, found.config, side, towers, temperature, ladders, own, taps)
+                return _side_answer(delta, found.config, side, towers, temperature, ladders, own, taps)
 
-            names = [argument(n) for n in found.given]
+            names = []
             for tower in towers:
                 names += [f"{tower.tap}embedded", *([f"{tower.tap}hidden"] if ladders else [])]
             last = f"{towers[-1].tap}final_hidden"
-            return read(marked(apply_fn, found), names, answer_at=last, answer=answer)(params, *inputs, **kwargs)[0]
+            return answering(apply_fn, found, names, [(last, answer)])(params, *inputs, **kwargs)
 
         return run
 

@@ -23,7 +23,7 @@ from jaxpeft.hooks import is_unhooked
 from jaxpeft.method import ApplyFn, Params
 from jaxpeft.models.layers import BlockConfig
 
-__all__ = ["ARGUMENTS", "Structure", "argument", "marked", "structure"]
+__all__ = ["ARGUMENTS", "Structure", "argument", "marked", "shapes_of", "structure"]
 
 
 class Structure(NamedTuple):
@@ -98,39 +98,53 @@ def structure(apply_fn: ApplyFn, params: Params, inputs: Sequence[Any], kwargs: 
             )
         )
 
-    leaves, tree = jtu.tree_flatten((params, inputs, kwargs))
-    at = [i for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")]
-
-    def run(arrays: Sequence[Array]) -> None:
-        full = list(leaves)
-        for i, x in zip(at, arrays):
-            full[i] = x
-        p, a, k = jtu.tree_unflatten(tree, full)
-        apply_fn(p, *a, **k)
-
     try:
         with _watching(intercept, next(_NUMBER)):
-            jax.eval_shape(run, [leaves[i] for i in at])
+            shapes_of(apply_fn, params, inputs, kwargs)
     except _Reached as reached:
         return reached.args[0]
     return None
 
 
-def marked(apply_fn: ApplyFn, seen: Structure) -> ApplyFn:
-    """`apply_fn` with the arguments that the side network needs marked as hidden states are."""
+def shapes_of(apply_fn: Callable[..., Any], params: Params, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """`jax.eval_shape` of a call in which what is no array (flags, None) stays as it is."""
+    leaves, tree = jtu.tree_flatten((params, inputs, dict(kwargs)))
+    at = [i for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")]
+
+    def run(arrays: Sequence[Array]) -> Any:
+        full = list(leaves)
+        for i, x in zip(at, arrays):
+            full[i] = x
+        p, a, k = jtu.tree_unflatten(tree, full)
+        return apply_fn(p, *a, **k)
+
+    return jax.eval_shape(run, [leaves[i] for i in at])
+
+
+def marked(apply_fn: ApplyFn, seen: Structure, inside: tuple[tuple[type[nn.Module], str], ...] = ()) -> ApplyFn:
+    """`apply_fn` with the arguments that the side network needs marked as hidden states are.
+
+    Args:
+      apply_fn: the model.
+      seen: where and what `structure` has found.
+      inside: (class, argument) pairs: the same of every module of that class.
+    """
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        other = module.path != seen.path or not hasattr(module, "config")
-        if context.method_name != "__call__" or other or is_unhooked():
+        if context.method_name != "__call__" or is_unhooked():
+            return next_fun(*args, **kwargs)
+        whole = module.path == seen.path and hasattr(module, "config")
+        names = [*(seen.given if whole else ()), *(name for kind, name in inside if isinstance(module, kind))]
+        if not names:
             return next_fun(*args, **kwargs)
         bound = _bound(module, args, kwargs)
-        for name in seen.given:
+        for name in names:
             bound.arguments[name] = checkpoint_name(jnp.asarray(bound.arguments[name]), argument(name))
         return next_fun(*bound.args[1:], **bound.kwargs)
 
     def run(params: Params, *inputs: Any, **kwargs: Any) -> Any:
-        with _watching(intercept, (seen.path, seen.given)):
+        with _watching(intercept, (seen.path, seen.given, inside)):
             return apply_fn(params, *inputs, **kwargs)
 
     return run

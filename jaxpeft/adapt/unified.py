@@ -39,6 +39,7 @@ __all__ = ["DESIGNS", "Design", "compose", "parameters", "prefix_attention", "su
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
     "tanh": jnp.tanh,
     "identity": lambda x: x,
@@ -227,8 +228,11 @@ def _stash_input(tag: str) -> Any:
     return around
 
 
-def hooks_of(design: Design, r: int, at: trees.Pattern | None, dropout: float, scale: Any) -> list[Hook]:
-    """The hooks that put a design into a model whose modules are called as ours are, or at the modules `at` names."""
+def hooks_of(
+    design: Design, r: int | Callable[[int], int], at: trees.Pattern | None, dropout: float, scale: Any
+) -> list[Hook]:
+    """The hooks that put a design into a model whose modules are called as ours are, or at the modules `at` names; r may
+    depend on the width of what a bottleneck reads."""
     where = _SITES[design.site] if at is None else at
 
     def amount(site: Site) -> Any:
@@ -238,7 +242,7 @@ def hooks_of(design: Design, r: int, at: trees.Pattern | None, dropout: float, s
 
     def with_change(site: Site, h: Array, z: Array) -> Array:
         width = math.prod(h.shape[z.ndim - 1 :])
-        dh = bottleneck(site, design, z, width, r, dropout)
+        dh = bottleneck(site, design, z, width, r(z.shape[-1]) if callable(r) else r, dropout)
         s = amount(site) if design.composition == "scaled" else 1.0
         if design.norm == "out":
             return compose("add", h, _norm(site, "norm", jnp.asarray(s).astype(dh.dtype) * dh).reshape(h.shape))
@@ -261,6 +265,7 @@ def hooks_of(design: Design, r: int, at: trees.Pattern | None, dropout: float, s
         return with_change(site, call(q, *args, **kwargs), site.stash["attention_input", source])
 
     def heads(site: Site, call: Any, q: Array, k: Array, v: Array, bias: Any = None, **kwargs: Any) -> Array:
+        assert not callable(r)
         shape = (r, k.shape[2], k.shape[3])
         # W_u = 0 makes dh start at zero; a gated prefix is random in both, as its paper has it.
         values = _zeros if design.init == "lora" and design.composition != "gated" else _normal(0.02)
@@ -308,8 +313,9 @@ def _sibling(at: trees.Pattern, name: str) -> trees.Pattern:
 )
 def sublayer(
     design: str | Design | Sequence[Design] = "scaled_parallel_adapter",
-    rank: int = 16,
+    rank: int | None = 16,
     *,
+    reduction: int | None = None,
     at: trees.Pattern | None = None,
     scale: Any = None,
     dropout: float = 0.0,
@@ -319,7 +325,8 @@ def sublayer(
 
     Args:
       design: a name in `DESIGNS`, a `Design`, or several that make one method.
-      rank: the bottleneck r, or the prefix length l, at least 1.
+      rank: the bottleneck r, or the prefix length l, at least 1; None where `reduction` says it.
+      reduction: r as the width that the bottleneck reads over this number, where modules differ in width.
       at: pattern of modules where they are not named as in our models (one pattern for all designs).
       scale: s instead of the design's own; may be traced.
       dropout: inside the bottleneck; acts where `apply` is given a `dropout_key`.
@@ -344,16 +351,29 @@ def sublayer(
             if isinstance(design, Design)
             else tuple(Design(**d) if isinstance(d, dict) else d for d in design)
         )
-    if rank < 1:
+    if rank is not None and rank < 1:
         raise ValueError(f"rank {rank}: a bottleneck or prefix is at least 1 wide")
+    if rank is None and (reduction is None or reduction < 1 or any(d.site == "head" for d in designs)):
+        raise ValueError(f"rank None, reduction {reduction}: a bottleneck has one of them, at least 1; a prefix a rank")
+
+    def reduced(width: int) -> int:
+        assert reduction is not None
+        if width < reduction:
+            raise ValueError(
+                f"reduction {reduction} leaves nothing of a width of {width}: take a smaller one, or a rank"
+            )
+        return width // reduction
+
     label = name or (design if isinstance(design, str) else "sublayer")
     config = dict(
         method="sublayer",
         design=[dataclasses.asdict(d) for d in designs],
         rank=rank,
+        reduction=reduction,
         at=at,
         scale=scale,
         dropout=dropout,
         name=label,
     )
-    return on_hooks(label, [h for d in designs for h in hooks_of(d, rank, at, dropout, scale)], config)
+    size = reduced if rank is None else rank
+    return on_hooks(label, [h for d in designs for h in hooks_of(d, size, at, dropout, scale)], config)

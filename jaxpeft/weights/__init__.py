@@ -4,6 +4,7 @@ from jaxpeft.weights.array_like import ArrayLike, densify, is_array_like
 from jaxpeft.weights.difference import difference
 from jaxpeft.weights.dora import column_norm, dora
 from jaxpeft.weights.factored import Dropout, Factor, Factored, Term
+from jaxpeft.weights.kronecker import kronecker, kronecker_dense, kronecker_matvec
 from jaxpeft.weights.low_rank import low_rank
 from jaxpeft.weights.masked import masked
 from jaxpeft.weights.scaled import scaled
@@ -21,6 +22,9 @@ __all__ = [
     "difference",
     "dora",
     "is_array_like",
+    "kronecker",
+    "kronecker_dense",
+    "kronecker_matvec",
     "low_rank",
     "masked",
     "scaled",

@@ -46,7 +46,8 @@ class Sparse(ArrayLike):
         stack = self.indices.shape[:-1]
 
         def one(w: Array, indices: Array, values: Array) -> Array:
-            wide = values.astype(jnp.promote_types(w.dtype, values.dtype))
+            wider = values.dtype if jnp.finfo(values.dtype).bits > jnp.finfo(w.dtype).bits else w.dtype
+            wide = values.astype(wider)
             # Added in the wider dtype, rounded once.
             flat = w.reshape(-1)
             new = flat.at[indices].get(mode="fill", fill_value=0).astype(wide.dtype) + wide
