@@ -88,7 +88,8 @@ def explain(
 
     Args:
       adapted: model and method.
-      params, delta, inputs, kwargs: as `adapted.apply` takes them; `jax.ShapeDtypeStruct` in place of arrays will do.
+      params, delta, inputs, kwargs: as `adapted.apply` takes them; `jax.ShapeDtypeStruct` in place of arrays will do. What
+        is told of a method that serves several tasks is told of one, whatever `task` is: they cost the same.
       platform: "cpu", "tpu" or "cuda": where the program would run; here, if not given. Operations of the whole call
         are counted by XLA before it optimises; where layers are scanned it counts one, and so do the totals.
 
@@ -105,11 +106,13 @@ def explain(
       ('w', 'two products', 17920)
     """
     platform = platform or jax.default_backend()
+    kwargs.pop("task", None)
     uses: list[Site] = []
 
     def call(params: Params, delta: Delta, inputs: Sequence[Any]) -> PyTree:
         # A use is told while tracing: what is kept of it is plain numbers.
         mode = Mode(None, "allow", adapted.backend, lambda use: uses.append(_site_of(use, platform)))
+        mode = mode if adapted.method.tasks is None else mode._replace(task=0)
         return adapted.method.wrap(adapted.base, delta, mode)(params, *inputs, **kwargs)
 
     operations = _operations(call, params, delta, inputs)

@@ -130,7 +130,9 @@ def test_explain_runs_on_every_method_of_the_registry():
     params = jax.eval_shape(classifier.init, jax.random.key(0), IDS, MASK)
     from test_promises import made
 
-    for name in jaxpeft.METHODS:
+    for name, entry in jaxpeft.METHODS.items():
+        if entry.reads == "images":
+            continue
         adapted = jaxpeft.adapt(classifier.apply, made(name))
         delta = jax.eval_shape(adapted.init, jax.random.key(0), params, IDS, MASK)
         assert jaxpeft.explain(adapted, params, delta, IDS, MASK).sites, name
