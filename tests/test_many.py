@@ -22,6 +22,7 @@ SLOTS = 3
 WHICH = np.array([0, 2, -1, 0, 1, 2, 2, -1], np.int32)  # slot 1 stays empty
 ALIKE = {"sublayer", "scaled_parallel", "head", "full"}  # as `parallel` and `bitfit`
 KINDS = sorted(n for n in set(METHODS) - ALIKE if METHODS[n].reads == "anything")
+SMALLER = {"sherl": {"late": 0}}  # of one layer, none is left below a late one
 PADDABLE = ["lora", "dora", "houlsby", "parallel"]
 
 
@@ -47,7 +48,7 @@ class Case:
         self.name, self.traces = name, []
         model, self.params = encoder()
         self.model = model
-        self.adapted = jaxpeft.adapt(model.apply, made(name), on_dense="refuse")
+        self.adapted = jaxpeft.adapt(model.apply, made(name, **SMALLER.get(name, {})), on_dense="refuse")
         self.many = jaxpeft.many(self.adapted, SLOTS)
         self.shapes = jax.eval_shape(self.adapted.init, jax.random.key(2), self.params, IDS, MASK)
         start = self.shapes
