@@ -567,7 +567,7 @@ def test_missing_left_over_and_misshapen_tensors_are_listed(saved):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft_type": "VERA"}, "VERA.*known: LORA, IA3, PROMPT_TUNING, PREFIX_TUNING"),
+        ({"peft_type": "VERA"}, "VERA.*known: LORA, IA3, POLY, PROMPT_TUNING, PREFIX_TUNING"),
         ({"peft_type": None}, "known: LORA"),
         ({"lora_bias": True}, "lora_bias=True.*bias inside"),
         ({"use_qalora": True}, "use_qalora"),
