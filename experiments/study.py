@@ -6,8 +6,8 @@
 
 A `Problem` is a model with data of one or several tasks; an `Arm` is a method on it. For each arm one rate out of the grid
 by the validation score of the tuning seeds (which are not among the measured ones), then every seed once, of which the
-test score is looked at once. A run is one program: a scan over its steps, with the rate, the seed and the order of the
-examples as arguments, so that all runs of an arm compile once.
+test score is looked at once. A run is a scan over its steps, with the rate, the seed and the order of the examples as
+arguments; the runs of an arm are trained side by side in one program (vmap).
 """
 
 import argparse
@@ -52,6 +52,9 @@ class Problem:
     examples: Mapping[str, Any]
     task: train.Task
     score: Callable[[Any, Any], Any] = lambda outputs, batch: outputs.argmax(-1) == batch.label
+
+
+TOGETHER = 6  # runs of an arm in one program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +190,8 @@ def _measured(name: str, arm: Arm, problem: Problem, budget: Budget, deltas: Any
     few = jax.tree.map(lambda x: x[: budget.batch], examples["train"])
     made: dict[Any, Any] = {}
     kept: dict[float, dict[int, Any]] = {}
+    last: dict[tuple[float, int], float] = {}
+    sizes: list[int] = []
 
     def programs(seed: int) -> Any:
         """The method (of this seed, where it looks at the data), its trainer and its scorer."""
@@ -197,33 +202,53 @@ def _measured(name: str, arm: Arm, problem: Problem, budget: Budget, deltas: Any
                 method = method.prepare(study_of(problem, budget, seed))
             adapted = adapt(problem.apply_fn, method)
             made.clear()  # a prepared method is one seed's
-            made[key] = trainer(adapted, problem, arm, budget), scorer(adapted, problem), jax.jit(adapted.init)
+            fit = jax.jit(jax.vmap(trainer(adapted, problem, arm, budget), in_axes=(None, 0, 0, 0, None, 0)))
+            score = jax.jit(lambda p, deltas, x: jax.lax.map(lambda d: scorer(adapted, problem)(p, d, x), deltas))
+            made[key] = fit, score, jax.jit(adapted.init)
         return made[key]
 
-    def run(rate: float, seed: int, split: str) -> tuple[np.ndarray, Any, Any]:
-        fit, score, init = programs(seed)
-        delta = init(jax.random.key(seed), params, *inputs_of(few))
+    def runs(pairs: Sequence[tuple[float, int]], split: str) -> list[np.ndarray]:
+        """The scores of each (rate, seed), trained side by side; 0 where training broke off."""
+        fit, score, init = programs(pairs[0][1])
+        starts = [init(jax.random.key(seed), params, *inputs_of(few)) for _, seed in pairs]
         if arm.start is not None:
-            delta = arm.start(seed, params, delta)
-        rows = rows_of(n, budget.steps, min(budget.batch, n), seed)
-        delta, bad, losses = fit(params, delta, rate, seed, examples["train"], rows)
-        scores = np.asarray(score(params, delta, examples[split]))
+            starts = [arm.start(seed, params, delta) for (_, seed), delta in zip(pairs, starts, strict=True)]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *starts)
+        rows = np.stack([rows_of(n, budget.steps, min(budget.batch, n), seed) for _, seed in pairs])
+        rate, seed = (jnp.asarray(column) for column in zip(*pairs, strict=True))
+        trained, bad, losses = fit(params, stacked, rate, seed, examples["train"], rows)
+        scores = np.asarray(score(params, trained, examples[split]))
         if deltas is not None:
-            kept.setdefault(rate, {})[seed] = jax.device_get(delta)
-        return (scores if int(bad) < 0 else np.zeros_like(scores)), delta, losses
+            held = jax.device_get(trained)
+            for i, (r, s) in enumerate(pairs):
+                kept.setdefault(r, {})[s] = jax.tree.map(lambda x, i=i: x[i], held)
+        last.update(zip(pairs, np.mean(np.asarray(losses)[:, -20:], axis=1).tolist()))
+        sizes.append(trees.count(trees.learned(starts[0])[0]))
+        return list(np.where(np.asarray(bad)[:, None] < 0, scores, 0.0))
+
+    def all_of(pairs: Sequence[tuple[float, int]], split: str) -> list[np.ndarray]:
+        """`runs`, by groups of one size, so that there is one program; where a seed has its own, by seeds."""
+        found: dict[tuple[float, int], np.ndarray] = {}
+        own = arm.method.prepare is not None
+        size = min(TOGETHER, max(len(rates) * budget.tuning_seeds, budget.seeds))
+        for group in [[p for p in pairs if p[1] == s] for s in dict.fromkeys(s for _, s in pairs)] if own else [pairs]:
+            for i in range(0, len(group), size):
+                some = group[i : i + size]
+                filled = some if own else [*some, *[some[-1]] * (size - len(some))]
+                found |= dict(zip(filled, runs(filled, split)))
+        return [found[pair] for pair in pairs]
 
     rates = arm.rates or budget.rates
     tuning = [1000 + i for i in range(budget.tuning_seeds)]
-    mean_of = lambda scores, split: statistics.mean(means(scores, examples[split].task))
-    tried = {rate: [mean_of(run(rate, seed, "validation")[0], "validation") for seed in tuning] for rate in rates}
+    mean_of = lambda scores: statistics.mean(means(scores, examples["validation"].task))
+    grid = [(rate, seed) for rate in rates for seed in tuning]
+    found = all_of(grid, "validation")
+    tried = {rate: [mean_of(x) for (r, _), x in zip(grid, found) if r == rate] for rate in rates}
     rate = max(tried, key=lambda r: statistics.mean(tried[r]))
-    test, by_task, last, learned = [], [], [], 0
-    for seed in range(budget.seeds):
-        scores, delta, losses = run(rate, seed, "test")
-        by_task.append(means(scores, examples["test"].task))
-        test.append(statistics.mean(by_task[-1]))
-        last.append(float(np.mean(np.asarray(losses)[-20:])))
-        learned = trees.count(trees.learned(delta)[0])
+    chosen = [(rate, seed) for seed in range(budget.seeds)]
+    scores = all_of(chosen, "test")
+    by_task = [means(x, examples["test"].task) for x in scores]
+    test, learned = [statistics.mean(x) for x in by_task], sizes[-1]
     if deltas is not None:
         deltas[name] = kept[rate]
     row = {
@@ -233,12 +258,12 @@ def _measured(name: str, arm: Arm, problem: Problem, budget: Budget, deltas: Any
         "test": test,
         "mean": statistics.mean(test),
         "std": statistics.stdev(test) if len(test) > 1 else 0.0,
-        "last_loss": statistics.mean(last),
+        "last_loss": statistics.mean(last[pair] for pair in chosen),
         "details": {
             "validation_by_rate": {str(r): v for r, v in tried.items()},
             "rate_at_the_grids_edge": len(rates) > 1 and rate in (min(rates), max(rates)),
             "test_by_task": by_task if len(by_task[0]) > 1 else None,
-            "losses": last,
+            "losses": [last[pair] for pair in chosen],
             "seconds": time.perf_counter() - began,
         },
     }

@@ -29,22 +29,31 @@ def zero_beyond(size: int, block: int, index: Any) -> Callable[[Array, int], Arr
     return inside
 
 
-def gpu_load(ref: Any, starts: Pair, lengths: Pair, *, swap: bool = False) -> Array:
-    """A block of a matrix in a GPU's memory, zero beyond its edges; with `swap` both pairs are given for its transpose."""
-    block, inside = _part(ref, *((starts[::-1], lengths[::-1]) if swap else (starts, lengths)))
-    return pltriton.load(block, mask=inside, other=0.0)
+def gpu_load(ref: Any, starts: Pair, lengths: Pair, *, swap: bool = False, anywhere: bool = False) -> Array:
+    """A block of a matrix in a GPU's memory, zero beyond its edges.
+
+    Args:
+      ref: the matrix.
+      starts, lengths: of the block's rows and columns; starts are multiples of lengths.
+      swap: both pairs are given for the transpose of `ref`.
+      anywhere: starts may be any.
+    """
+    block, inside = _part(ref, *((starts[::-1], lengths[::-1]) if swap else (starts, lengths)), anywhere)
+    return pltriton.load(block, mask=inside, other=None if inside is None else 0.0)
 
 
 def gpu_store(ref: Any, starts: Pair, value: Array) -> None:
     """Writes what of `value` lies within the matrix."""
-    block, inside = _part(ref, starts, value.shape)
+    block, inside = _part(ref, starts, value.shape, False)
     pltriton.store(block, value.astype(ref.dtype), mask=inside)
 
 
-def _part(ref: Any, starts: Pair, lengths: Any) -> tuple[Any, Array]:
+def _part(ref: Any, starts: Pair, lengths: Any, anywhere: bool) -> tuple[Any, Array | None]:
     # One type for all indices: a Python number is 64 bits wide where JAX is told so.
     row, column = (jnp.asarray(s, jnp.int32) for s in starts)
+    block = ref.at[pl.ds(row, lengths[0]), pl.ds(column, lengths[1])]
+    if not (anywhere or ref.shape[0] % lengths[0] or ref.shape[1] % lengths[1]):
+        return block, None  # no block crosses an edge, and a mask keeps Triton from fetching wide and ahead
     at_row = row + lax.broadcasted_iota(jnp.int32, tuple(lengths), 0)
     at_column = column + lax.broadcasted_iota(jnp.int32, tuple(lengths), 1)
-    inside = (at_row < ref.shape[0]) & (at_column < ref.shape[1])
-    return ref.at[pl.ds(row, lengths[0]), pl.ds(column, lengths[1])], inside
+    return block, (at_row < ref.shape[0]) & (at_column < ref.shape[1])

@@ -490,11 +490,11 @@ def _gpu_kernel(
 
     # What follows a group's factor belongs to the next group: ranks are loaded to a power of two, lengths to a block.
     def tall(ref: Any, group: Any, start: Any, length: int, size: int) -> Array:
-        z = gpu_load(ref, (group * size + start, 0), (length, rank))
+        z = gpu_load(ref, (group * size + start, 0), (length, rank), anywhere=True)
         return jnp.where(start + lax.broadcasted_iota(jnp.int32, z.shape, 0) < size, z, jnp.zeros((), z.dtype))
 
     def flat(ref: Any, group: Any, start: Any, length: int, _: int) -> Array:
-        z = gpu_load(ref, (group * r, start), (rank, length))
+        z = gpu_load(ref, (group * r, start), (rank, length), anywhere=True)
         return jnp.where(lax.broadcasted_iota(jnp.int32, z.shape, 0) < r, z, jnp.zeros((), z.dtype))
 
     into_of, out_of = (flat, tall) if across else (tall, flat)
