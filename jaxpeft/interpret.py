@@ -14,7 +14,7 @@ Lifted functions nest, and compose with jit, grad, vmap, scan and sharding: the 
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -389,9 +389,17 @@ def _while(operands: list[Any], params: dict[str, Any], report: Report) -> Any:
     return _merge(kept, constant, lax.while_loop(test, step, start))
 
 
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many the loop's state."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # from jax 0.11
+    return len(list(consts)), len(list(carry))
+
+
 @_rule(prims.scan_p)
 def _scan(operands: list[Any], params: dict[str, Any], report: Report) -> Any:
-    body, nc, nk = params["jaxpr"], params["num_consts"], params["num_carry"]
+    body, (nc, nk) = params["jaxpr"], scan_counts(params)
     consts, carry, xs = operands[:nc], operands[nc : nc + nk], operands[nc + nk :]
     kept = _invariant(body.jaxpr, carry, nc)
     constant = [x for k, x in zip(kept, carry) if k]

@@ -21,7 +21,7 @@ from jax.extend import core
 from jaxtyping import Array
 
 from jaxpeft.hooks import Hook, hooked
-from jaxpeft.interpret import bind_again
+from jaxpeft.interpret import bind_again, scan_counts
 from jaxpeft.method import ApplyFn
 
 Taps = dict[str, list[Array]]
@@ -148,7 +148,7 @@ class _Reader:
         return [y.astype(x.dtype)], seen
 
     def _scan(self, params: dict[str, Any], operands: list[Any], before: Taps) -> tuple[Sequence[Any], Taps]:
-        body, nc, nk = params["jaxpr"], params["num_consts"], params["num_carry"]
+        body, (nc, nk) = params["jaxpr"], scan_counts(params)
         if self.number is None and self.answer_at in _marks(body.jaxpr):
             raise TapError(
                 f"the answer's place {self.answer_at!r} stands inside a scan: it would be answered at each step. "
