@@ -1,6 +1,7 @@
 """What every results file says of itself: commit, versions, claims with verdicts; and how it is written."""
 
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -21,8 +22,9 @@ def provenance(*packages: str) -> dict[str, Any]:
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/jaxpeft", ":/experiments/**/*.py")
     found = {p: version(p) for p in ("jax", "flax", "optax", "numpy", *packages)}
+    commit = git("rev-parse", "HEAD") + (" with changes" if changed else "")
     return {
-        "commit": git("rev-parse", "HEAD") + (" with changes" if changed else ""),
+        "commit": commit or os.environ.get("COMMIT", "unknown"),  # a copy without history is told what it is of
         "versions": {"python": platform.python_version(), **found},
     }
 

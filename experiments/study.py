@@ -399,6 +399,7 @@ def finish(
         "paper": paper,
         "setup": dataclasses.asdict(setup) if dataclasses.is_dataclass(setup) else setup,
         **record.provenance(),
+        "device": jax.devices()[0].device_kind,
         "claims": list(claims),
         "rows": [{k: v for k, v in row.items() if k != "details"} for row in rows],
         "details": {row["method"]: row["details"] for row in rows if "details" in row},

@@ -16,7 +16,7 @@ from jaxpeft.kernels.platforms import (
     check_block,
     check_vmem,
     cut,
-    gpu_product,
+    power_of_two,
     sublanes,
     wide,
 )
@@ -57,7 +57,7 @@ class GroupedBlocks:
 
     @classmethod
     def for_gpu(cls, m: int, k: int, n: int, r: int) -> "GroupedBlocks":
-        return cls(*gpu_product(m, k, n, r))
+        return cls(power_of_two(m, 16, 64 if r > 64 else 128), power_of_two(k, 16, 32), power_of_two(n, 16, 128))
 
     def check_tpu(self, m: int, k: int, n: int, r: int, t: int, dtype: Any, vmem_bytes: int) -> None:
         """Raises KernelError for blocks that Mosaic would refuse."""

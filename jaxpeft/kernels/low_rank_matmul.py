@@ -38,8 +38,9 @@ from jaxpeft.kernels.platforms import (
     check_vmem,
     cut,
     dot,
-    gpu_params,
     gpu_product,
+    gpu_product_params,
+    gpu_tile,
     on_platform,
     out_like,
     power_of_two,
@@ -430,8 +431,8 @@ def _on_gpu(
     return pl.pallas_call(
         functools.partial(_gpu_kernel, plan=plan, sizes=(m, k, n, r), blocks=blocks, across=across),
         out_shape=shapes if with_h else shapes[:1],
-        grid=(pl.cdiv(m, blocks.m), pl.cdiv(n, blocks.n)),
-        compiler_params=gpu_params(),
+        grid=(pl.cdiv(m, blocks.m) * pl.cdiv(n, blocks.n),),
+        compiler_params=gpu_product_params(blocks.m, blocks.n, x.dtype),
         cost_estimate=_cost(m, k, n, r, blocks, x.dtype),
         interpret=interpret,
         name="low_rank_matmul_across" if across else "low_rank_matmul",
@@ -451,9 +452,9 @@ def _gpu_kernel(
     blocks: Blocks,
     across: bool,
 ) -> None:
-    k, n, r = sizes[1:]
+    m, k, n, r = sizes
     rank = power_of_two(r, 16, MAX_RANK)
-    i, j = pl.program_id(0), pl.program_id(1)
+    i, j = gpu_tile(pl.cdiv(m, blocks.m), pl.cdiv(n, blocks.n))
     axis = 1 if across else 0
     row, column = i * blocks.m, j * blocks.n
 

@@ -20,6 +20,7 @@ BACKENDS = ("auto", "xla", "tpu", "gpu")
 
 VMEM_BYTES = 16 * 2**20  # what a kernel may use on every TPU generation without asking for more
 LANES = 128
+GPU_ROWS = 8  # of tiles that are run through all columns together
 
 
 class KernelError(ValueError):
@@ -92,8 +93,35 @@ def check_vmem(blocks: Any, need: int, limit: int) -> None:
 
 
 def gpu_product(m: int, k: int, n: int, r: int) -> tuple[int, int, int]:
-    """Lengths of a GPU's blocks for a product with an update of rank r."""
-    return power_of_two(m, 16, 64 if r > 64 else 128), power_of_two(k, 16, 32), power_of_two(n, 16, 128)
+    """Lengths of a GPU's blocks for a product with an update of rank r; see `experiments/bench/device.py`.
+
+    Few rows are a matter of reading the weight: narrow columns, so that all of the device reads.
+    """
+    if m <= 32:
+        return power_of_two(m, 16, 32), power_of_two(k, 16, 128), power_of_two(n, 16, 32)
+    rows, columns = (64, 128) if r > 64 else (128, 256)
+    return power_of_two(m, 16, rows), power_of_two(k, 16, 32), power_of_two(n, 16, columns)
+
+
+def gpu_product_params(m: int, n: int, dtype: Any) -> Any:
+    """For blocks of m rows and n columns: as many warps as hold their sums, stages as shared memory holds."""
+    return gpu_params(8 if m * n > 128 * 128 else 4, 4 if jnp.dtype(dtype).itemsize <= 2 else 2)
+
+
+def gpu_tile(rows: int, columns: int) -> tuple[Any, Any]:
+    """(row, column) of the tile of this program, of a grid of `rows * columns` programs.
+
+    Programs that run at one time share rows and columns, which then are read from memory once: eight rows at a time go
+    through all columns.
+    """
+    if rows <= GPU_ROWS:
+        at = jnp.asarray(pl.program_id(0), jnp.int32)
+        return lax.rem(at, jnp.int32(rows)), lax.div(at, jnp.int32(rows))
+    at, each = jnp.asarray(pl.program_id(0), jnp.int32), jnp.int32(GPU_ROWS * columns)
+    first = lax.div(at, each) * GPU_ROWS
+    high = jnp.minimum(jnp.int32(rows) - first, GPU_ROWS)
+    within = lax.rem(at, each)
+    return first + lax.rem(within, high), lax.div(within, high)
 
 
 def power_of_two(size: int, low: int, high: int) -> int:
