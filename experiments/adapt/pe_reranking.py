@@ -22,8 +22,8 @@ stays below in its order. BM25 stands beside it. Re-ranker: MiniLM as a cross-en
 
 Masks are found as the paper finds them: train densely, take the largest changes, start anew. The prediction head of the
 language models is learned first, on English with MiniLM held fixed (MiniLM comes without one). For each of full, RM and RA
-one rate out of two by the first seed's MAP on the English validation pages; then five seeds, each tested once. Language deltas are trained
-once.
+one rate out of two by the first seed's MAP on the English validation pages; then five seeds, each tested once. Language
+deltas are trained once.
 
 Small about it: the model, 100 updates for ranking and for a language, and MiniLM knows English alone: its vocabulary cuts
 the other languages into pieces, Russian into letters.

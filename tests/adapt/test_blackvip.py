@@ -1,13 +1,18 @@
 """Black-box prompting: the card's oracles, and learning from values alone."""
 
+import importlib
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from safetensors.numpy import load_file
 
 from jaxpeft import adapt, blackvip, border_prompt, data, train, trees
 from jaxpeft.adapt.blackvip import _doubled, coordinate, coordinator, pooled_pixels
-from jaxpeft.tune import gain, spsa_gc, value_and_spsa
+from jaxpeft.tune import gain, spsa, spsa_gc, value_and_spsa
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -132,3 +137,67 @@ def test_bad_arguments_are_refused():
     made = blackvip(encoder=lambda x: x.mean((1, 2))).config
     assert made["encoder"] == "given"
     assert pooled_pixels(jnp.ones((2, 8, 8, 3))).shape == (2, 48)
+
+
+GOLDEN = {
+    k: jnp.asarray(v)
+    for k, v in load_file(Path(__file__).parents[2] / "third_party" / "blackvip" / "golden.safetensors").items()
+}
+
+
+def part(prefix):
+    return {k.removeprefix(prefix): v for k, v in GOLDEN.items() if k.startswith(prefix)}
+
+
+def test_the_decoder_is_that_of_the_reference_with_group_norms(close):
+    g = part("decoder.")
+    stage = lambda i: {
+        "up": g[f"body.{4 * i}.weight"],
+        "up_bias": g[f"body.{4 * i}.bias"],
+        "mix": g[f"body.{4 * i + 1}.weight"][..., 0, 0],
+        "scale": g[f"body.{4 * i + 2}.weight"],
+        "shift": g[f"body.{4 * i + 2}.bias"],
+    }
+    phi = {
+        "trigger": g["p_trigger"][0],
+        "stages": {str(i): stage(i) for i in range(4)},
+        "last": g["body.16.weight"],
+    }
+    own = jax.eval_shape(lambda k: coordinator(k, 224, 3, 24, 1544), jax.random.key(0))
+    assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, phi)
+    y = coordinate(phi, g["z"], 224)
+    close(jnp.moveaxis(y, -1, 1)[:, :, 3::7, 3::7], g["y"])  # every seventh pixel: all places in the blocks occur
+    close(y.mean((1, 2)), g["mean"])
+    close(jnp.square(y).mean((1, 2)), g["square"])
+
+
+@pytest.mark.parametrize("kind", ["spsa-gc", "spsa"])
+def test_six_updates_are_those_of_the_reference(kind, close, monkeypatch):
+    """Three perturbations an update, those that the reference drew."""
+    g = part(f"{kind}.")
+    w = g["w"][0]
+    optimiser = spsa_gc(0.05, 1.0, 0.4, 0.9 if kind == "spsa-gc" else 0.0)
+    state, size = optimiser.init(w), gain(0.02, 0.1)
+
+    def loss(w):
+        logits = jnp.sin(g["x"] * w) @ jnp.tril(jnp.ones((5, 3)))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, g["label"]).mean()
+
+    for k, draws in enumerate(g["perturbations"]):
+        estimates = []
+        for d in draws:
+            monkeypatch.setattr(importlib.import_module("jaxpeft.tune.spsa"), "perturbation", lambda *_, d=d: d)
+            estimates.append(spsa(loss, jax.random.key(0), w, size(k))[1])
+        updates, state = optimiser.update(jnp.stack(estimates).mean(0), state)
+        w = optax.apply_updates(w, updates)
+        close(w, g["w"][k + 1], atol=1e-4)  # differences of losses over 2 c = 0.04
+
+
+def test_the_frame_is_that_of_the_reference(close):
+    g = part("frame.")
+    last = lambda x: jnp.moveaxis(x, 1, -1)
+    left, right = last(g["pad_left"])[0], last(g["pad_right"])[0]
+    sides = jnp.concatenate([left, right], axis=1)  # the library keeps pixels row by row
+    rows = [last(g["pad_up"])[0].reshape(-1, 3), sides.reshape(-1, 3), last(g["pad_down"])[0].reshape(-1, 3)]
+    adapted = adapt(lambda params, x: x, border_prompt(2))
+    close(last(g["y"]), adapted.apply({}, {"frame": jnp.concatenate(rows)}, last(g["x"])))

@@ -2,17 +2,22 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxpeft import PatternError, Study, adapt, chain, das, data, head, train, trees
 from jaxpeft.adapt.das import search, supernet, with_mask
 from jaxpeft.method import Call
 from jaxpeft.models import ImageClassifier, SequenceClassifier, VisionConfig
 from jaxpeft.models.encoder import EncoderConfig
+from jaxpeft.models.layers import Block
+from jaxpeft.tune.bandit import bandit_update
 
 pytestmark = pytest.mark.usefixtures("quick")
 TEXT = EncoderConfig(
@@ -197,3 +202,65 @@ def test_bad_arguments_are_refused(case):
     _, delta = started(case, supernet(2, 2))
     with pytest.raises(ValueError, match=r"a mask of shape \(3,\) for 4 layers"):
         with_mask(delta, jnp.zeros(3, bool))
+
+
+GOLDEN = {
+    k: jnp.asarray(v)
+    for k, v in load_file(Path(__file__).parents[2] / "third_party" / "das" / "golden.safetensors").items()
+}
+
+
+def part(prefix):
+    return {k.removeprefix(prefix): v for k, v in GOLDEN.items() if k.startswith(prefix)}
+
+
+class TwoBlocks(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = Block(dataclasses.replace(IMAGE, norm_eps=1e-6), name=f"layers_{i}")(x, None, True)
+        return x
+
+
+def test_a_kept_and_a_skipped_block_are_those_of_the_reference(close):
+    block, model = part("block."), TwoBlocks()
+    linear = lambda w, b: {"kernel": w.T, "bias": b}
+    dense = lambda name: linear(block[f"{name}.weight"], block[f"{name}.bias"])
+    norm = lambda name: {"scale": block[f"{name}.weight"], "bias": block[f"{name}.bias"]}
+    thirds = zip(jnp.split(block["attn.qkv.weight"], 3), jnp.split(block["attn.qkv.bias"], 3))
+    own = {
+        "attention_norm": norm("norm1"),
+        "attention": {n: linear(w, b) for n, (w, b) in zip(("query", "key", "value"), thirds)}
+        | {"out": dense("attn.proj")},
+        "mlp_norm": norm("norm2"),
+        "mlp": {"up": dense("mlp.fc1"), "down": dense("mlp.fc2")},
+    }
+    params = {"params": {"layers_0": own, "layers_1": own}}
+
+    def adapter(prefix, label):
+        p = part(prefix)
+        return {
+            f"{label}_norm_scale": p["adapter_layer_norm_before.weight"],
+            f"{label}_norm_bias": p["adapter_layer_norm_before.bias"],
+            f"{label}_down": p["down_proj.weight"].T,
+            f"{label}_down_bias": p["down_proj.bias"],
+            f"{label}_up": p["up_proj.weight"].T,
+            f"{label}_up_bias": p["up_proj.bias"],
+        }
+
+    adapted = adapt(model.apply, das((1,), rank=4, skip_rank=6))
+    delta = {
+        "params/layers_0/attention": adapter("block.adapter0.", "beside"),
+        "params/layers_0/mlp": adapter("block.adapter1.", "beside"),
+        "params/layers_1": adapter("skip.", "skip"),
+    }
+    close(jax.tree.map(jnp.shape, adapted.init(jax.random.key(0), params, GOLDEN["x"])), jax.tree.map(jnp.shape, delta))
+    close(adapted.apply(params, delta, GOLDEN["x"]), GOLDEN["y"])
+
+
+def test_the_preferences_after_four_rounds_are_those_of_the_reference(close):
+    g = part("bandit.")
+    r = g["start"]
+    for subsets, losses in zip(g["subsets"], g["losses"]):
+        r = bandit_update(r, subsets, losses, 1.0)
+    close(r, g["end"], atol=1e-6)

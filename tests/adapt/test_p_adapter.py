@@ -1,15 +1,20 @@
-"""The p-adapter: the card's oracles."""
+"""The p-adapter: the card's oracles, and recorded numbers of the reference."""
 
+from pathlib import Path
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxpeft import adapt, p_adapter, trees
 from jaxpeft.adapt.p_adapter import E, p_reweight, p_step, pooling
 from jaxpeft.models import SequenceClassifier
 from jaxpeft.models.encoder import EncoderConfig
 from jaxpeft.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from jaxpeft.models.layers import Attention, BlockConfig, Mlp, attention_bias, norm
 
 pytestmark = pytest.mark.usefixtures("quick")
 CONFIG = EncoderConfig(
@@ -165,3 +170,86 @@ def test_bad_arguments_are_refused(params):
         p_adapter(restart="none")
     with pytest.raises(ValueError, match="reduction 3 does not divide the heads' width 4"):
         adapt(MODEL.apply, p_adapter(3)).init(jax.random.key(0), params, IDS, MASK)
+
+
+GOLDEN = {
+    k: jnp.asarray(v)
+    for k, v in load_file(Path(__file__).parents[2] / "third_party" / "p-adapter" / "golden.safetensors").items()
+}
+
+
+class Part(nn.Module):
+    """One sub-layer of a post-norm block with the norm that follows it."""
+
+    kind: str
+    config = BlockConfig(width=16, layers=1, heads=2, head_dim=8, mlp_width=24, plain=True)
+
+    @nn.compact
+    def __call__(self, x, bias=None, memory=None):
+        c = self.config
+        y = Mlp(c, name="mlp")(x) if self.kind == "mlp" else Attention(c, name=self.kind)(x, bias, memory)
+        return norm(c, "norm")(x + y)
+
+
+def recorded(place):
+    """The reference's weights at a place, its kernels laid out as ours are."""
+    start = f"weights/{place}."
+    found = {k.removeprefix(start): v for k, v in GOLDEN.items() if k.startswith(start)}
+    return {k: v.T if k.endswith("weight") else v for k, v in found.items()}
+
+
+def linear(g, name):
+    return {"kernel": g[f"{name}.weight"], "bias": g[f"{name}.bias"]}
+
+
+def layer_norm(g, name):
+    return {"scale": g[f"{name}.weight"], "bias": g[f"{name}.bias"]}
+
+
+def attention_of(place):
+    """Parameters of the attention and its norm, and the adapter's delta."""
+    g = recorded(place)
+    params = {n: linear(g, f"self.{n}") for n in ("query", "key", "value")} | {"out": linear(g, "output.dense")}
+    delta = {}
+    for ours, theirs in (("inner", "i"), ("gate", "gate"), ("up", "o")):
+        name = f"output.text_laplacian_adapter_{theirs}"
+        delta |= {ours: g[f"{name}.weight"], f"{ours}_bias": g[f"{name}.bias"]}
+    delta |= {"p": g["output.laplacian_adapter_p"][0], "m": g["output.laplacian_adapter_mu"][0]}
+    return params, layer_norm(g, "output.LayerNorm"), delta
+
+
+def test_self_attention_is_the_references(close):
+    params, after, delta = attention_of("attention")
+    adapted = adapt(Part("attention").apply, p_adapter(2, feed_forward=False))
+    y = adapted.apply(
+        {"params": {"attention": params, "norm": after}},
+        {"params/attention/out": delta},
+        GOLDEN["x"],
+        attention_bias(GOLDEN["mask"], 5),
+    )
+    close(y, GOLDEN["self"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("samples", "name"), [(3, "cross"), (7, "cross without pooling"), (None, "cross without pooling")]
+)
+def test_cross_attention_is_the_references(samples, name, close):
+    params, after, delta = attention_of("crossattention")
+    adapted = adapt(Part("cross_attention").apply, p_adapter(2, samples=samples, feed_forward=False))
+    y = adapted.apply(
+        {"params": {"cross_attention": params, "norm": after}},
+        {"params/cross_attention/out": delta},
+        GOLDEN["self"],
+        None,
+        GOLDEN["memory"],
+    )
+    close(y, GOLDEN[name], atol=1e-4)
+
+
+def test_the_bottleneck_beside_the_network_is_the_references(close):
+    g, up = recorded("output"), recorded("intermediate")
+    params = {"mlp": {"up": linear(up, "dense"), "down": linear(g, "dense")}, "norm": layer_norm(g, "LayerNorm")}
+    down, out = linear(g, "text_ffn_adapter.0"), linear(g, "text_ffn_adapter.2")
+    delta = {"down": down["kernel"], "down_bias": down["bias"], "up": out["kernel"], "up_bias": out["bias"]}
+    adapted = adapt(Part("mlp").apply, p_adapter(2, at="none"))
+    close(adapted.apply({"params": params}, {"params/mlp": delta}, GOLDEN["cross"]), GOLDEN["feed forward"], atol=1e-4)
