@@ -257,6 +257,7 @@ def _checked_task(method: Method, task: Any) -> Any:
 def chain(*methods: Method, name: str = "chain") -> Method:
     """Several methods as one: the first changes the model, the second changes the changed model, and so on.
 
+    Where two change one weight, the later one is handed the base's weight and the earlier one what that makes of it.
     Its delta is a dict from each method's name (numbered where a name repeats) to that method's delta.
 
     Raises:
@@ -275,8 +276,8 @@ def chain(*methods: Method, name: str = "chain") -> Method:
         return apply_fn
 
     def merge(params: Params, delta: Delta) -> Params:
-        # The last method acts on what the earlier ones made of the weights.
-        for n, m in zip(labels, methods):
+        # As when applied: the last method wraps the others, so that it is handed the weights first.
+        for n, m in reversed(list(zip(labels, methods))):
             assert m.merge is not None
             params = m.merge(params, delta[n])
         return params

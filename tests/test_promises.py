@@ -354,6 +354,17 @@ def test_it_stands_in_a_chain_with_every_kind_of_neighbour(case):
     assert out.shape == (8, 3)
 
 
+@pytest.mark.parametrize(
+    "pair", [("ia3", "bitfit"), ("full", "lora"), ("lora", "full"), ("ia3", "dora"), ("ia3", "lora")]
+)
+def test_a_chain_merges_in_the_order_in_which_it_is_applied(pair):
+    model, params, inputs = base()
+    adapted = jaxpeft.adapt(model.apply, jaxpeft.chain(*(made(name) for name in pair)))
+    delta = moved(jax.jit(adapted.init)(jax.random.key(2), params, *inputs))
+    want = adapted.apply(params, delta, *inputs)
+    np.testing.assert_allclose(model.apply(adapted.merge(params, delta), *inputs), want, atol=TOLERANCE)
+
+
 def test_the_registry_is_told_the_truth():
     assert METHODS
     for name, entry in METHODS.items():

@@ -12,10 +12,12 @@ carries the name "hidden", the embeddings "embedded", the last state "final_hidd
 from jaxpeft.models.cache import FULL, INT8, Cache, Storage, new_cache
 from jaxpeft.models.clip import Clip, ClipConfig, ClipTextConfig, TextTower, contrastive_loss
 from jaxpeft.models.decoder import Decoder, DecoderBlock, DecoderConfig, Rope, positions_from_mask
+from jaxpeft.models.dit import Dit, DitConfig
 from jaxpeft.models.encoder import Encoder, EncoderBlock, EncoderConfig, SequenceClassifier, mean_pool
 from jaxpeft.models.encoder_decoder import CrossBlock, EncoderDecoder, EncoderDecoderConfig, shift_right
 from jaxpeft.models.folder import ModelFolderError
 from jaxpeft.models.generation import Generated, Sampling, decoding, generate
+from jaxpeft.models.hierarchical import HierarchicalClassifier, HierarchicalConfig, HierarchicalTransformer
 from jaxpeft.models.layers import (
     ACTIVATIONS,
     Attention,
@@ -31,6 +33,11 @@ from jaxpeft.models.names import TRANSFORMS
 from jaxpeft.models.vit import ImageClassifier, VisionConfig, VisionTransformer
 
 __all__ = [
+    "HierarchicalTransformer",
+    "HierarchicalConfig",
+    "HierarchicalClassifier",
+    "DitConfig",
+    "Dit",
     "ACTIVATIONS",
     "Attention",
     "AttentionCore",
