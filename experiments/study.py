@@ -4,7 +4,8 @@
     done = measure(arms, problem, Budget(steps=300, batch=32, rates=(1e-3, 3e-3)))
     difference(done["LoRA"], done["full"])           # mean and half-width of the 95 % interval, paired over seeds
 
-A `Problem` is a model with data of one or several tasks; an `Arm` is a method on it. For each arm one rate out of the grid
+A `Problem` is a model with data of one or several tasks; an `Arm` is a method on it. For each arm one rate out of the grid,
+continued where the best is at its edge,
 by the validation score of the tuning seeds (which are not among the measured ones), then every seed once, of which the
 test score is looked at once. A run is a scan over its steps, with the rate, the seed and the order of the examples as
 arguments; the runs of an arm are trained side by side in one program (vmap).
@@ -59,11 +60,19 @@ TOGETHER = 6  # runs of an arm in one program
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What every arm may spend."""
+    """What every arm may spend.
+
+    Attributes:
+      steps, batch: of a run.
+      rates: the grid, and `beyond` how often it is continued where its best is at an edge.
+      tuning_seeds, seeds: how many choose the rate, and how many are measured.
+      warmup: the share of steps in which the rate rises.
+    """
 
     steps: int = 300
     batch: int = 32
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    beyond: int = 2
     tuning_seeds: int = 2
     seeds: int = 5
     warmup: float = 0.06
@@ -241,10 +250,20 @@ def _measured(name: str, arm: Arm, problem: Problem, budget: Budget, deltas: Any
     rates = arm.rates or budget.rates
     tuning = [1000 + i for i in range(budget.tuning_seeds)]
     mean_of = lambda scores: statistics.mean(means(scores, examples["validation"].task))
-    grid = [(rate, seed) for rate in rates for seed in tuning]
-    found = all_of(grid, "validation")
-    tried = {rate: [mean_of(x) for (r, _), x in zip(grid, found) if r == rate] for rate in rates}
-    rate = max(tried, key=lambda r: statistics.mean(tried[r]))
+    tried: dict[float, list[float]] = {}
+
+    def attempt(new: Sequence[float]) -> float:
+        grid = [(rate, seed) for rate in new for seed in tuning]
+        for (rate, _), x in zip(grid, all_of(grid, "validation"), strict=True):
+            tried.setdefault(rate, []).append(mean_of(x))
+        return max(tried, key=lambda r: statistics.mean(tried[r]))
+
+    rate = attempt(rates)
+    for _ in range(budget.beyond if len(rates) > 1 else 0):  # a best at the grid's edge may be better still beyond it
+        low, high = sorted(tried)[:2], sorted(tried)[-2:]
+        if rate not in (low[0], high[1]):
+            break
+        rate = attempt([low[0] ** 2 / low[1] if rate == low[0] else high[1] ** 2 / high[0]])
     chosen = [(rate, seed) for seed in range(budget.seeds)]
     scores = all_of(chosen, "test")
     by_task = [means(x, examples["test"].task) for x in scores]
@@ -261,7 +280,7 @@ def _measured(name: str, arm: Arm, problem: Problem, budget: Budget, deltas: Any
         "last_loss": statistics.mean(last[pair] for pair in chosen),
         "details": {
             "validation_by_rate": {str(r): v for r, v in tried.items()},
-            "rate_at_the_grids_edge": len(rates) > 1 and rate in (min(rates), max(rates)),
+            "rate_at_the_grids_edge": len(tried) > 1 and rate in (min(tried), max(tried)),
             "test_by_task": by_task if len(by_task[0]) > 1 else None,
             "losses": [last[pair] for pair in chosen],
             "seconds": time.perf_counter() - began,

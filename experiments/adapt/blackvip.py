@@ -84,7 +84,7 @@ class Setup:
     gamma: float = 0.1
     rho: float = 0.8
     budget: study.Budget = dataclasses.field(
-        default_factory=lambda: study.Budget(steps=2000, batch=32, rates=tuple(range(6)), tuning_seeds=2)
+        default_factory=lambda: study.Budget(steps=2000, batch=32, rates=tuple(range(6)), beyond=0, tuning_seeds=2)
     )
     logistic_steps: int = 500
     logistic_tuning_seeds: int = 5

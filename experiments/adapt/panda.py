@@ -16,7 +16,7 @@ which of four quarter turns a picture has. Three targets, 120 training examples 
     PoT + KD         from PoT's start, with w = λ sim
 
 sim is the cosine of the tasks' embeddings (outputs averaged over tokens, prompted minus unprompted, on training examples),
-cut at zero. PT and PoT have one rate each out of three by the validation split under a seed that is not measured; PANDA takes
+cut at zero. PT and PoT have one rate each out of four by the validation split under a seed that is not measured; PANDA takes
 PT's, PoT + KD takes PoT's; each of the three has one λ out of four, by the first target's validation split alone. Then five
 seeds of source prompts, starts, training examples and their order, for each of which the test split is looked at once. What
 is compared is the mean over all 24 pairs.
@@ -82,7 +82,7 @@ class Setup:
     target_examples: int = 120
     steps: int = 200
     batch: int = 16
-    rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1)
+    rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1, 3e-1)
     weights: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     seeds: int = 5
     limit: int = 0  # of validation and test examples
