@@ -10,6 +10,8 @@ import os
 import re
 from pathlib import Path
 
+_EXIT = re.compile(r"(%p\d+_?p?\w*) = scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
+_BACK = re.compile(r"sbr\.rel \(!(%p\w+)\) target")
 _BRANCH = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
 
 
@@ -64,6 +66,24 @@ def regions(folder: Path, kernel: str) -> list[Region]:
         depth = sum(c <= a and b <= d for c, d in spans if (c, d) != (a, b))
         out.append(Region(a, b, own, depth, mxu))
     return out
+
+
+def loops(folder: Path, kernel: str) -> list[tuple[int, int, int]]:
+    """(first bundle, how many, how often) of the loops inside the kernel's body, of its last compilation."""
+    text = _latest(folder, kernel, "final_bundles").read_text()
+    start, times, found = None, {}, []
+    for line in text.splitlines():
+        if not (m := re.match(r"^\s*(0x[0-9a-f]+)", line)):
+            continue
+        address = int(m.group(1), 16)
+        if re.search(r"LB: >>", line):
+            start = address
+        times |= {p: int(n) for p, n in _EXIT.findall(line)}
+        for p in _BACK.findall(line):
+            if start is not None and p in times:
+                found.append((start, address - start + 1, times[p]))
+                start = None
+    return found
 
 
 def _close(open_at: list[tuple[int, int]], found: list[tuple[int, int, int]], number: int, address: int) -> None:

@@ -50,6 +50,7 @@ from jaxpeft.kernels.random_fold import Fold, as_seed, sign_key
 __all__ = ["HashedBlocks", "hashed_matmul", "reference"]
 
 SLAB = 2**18  # elements of the weight that plain JAX forms at a time
+ROWS = 8  # of a tile, copied in one turn of a loop
 MAX_CHUNKS = 2**16  # rotations that are read ahead on TPU, 4 bytes each of a memory of 1 MiB
 
 
@@ -478,15 +479,20 @@ def _for_pieces(fold: Fold, turns_ref: Any, at: tuple[Any, Any], blocks: HashedB
         over = rest + rests >= size
         return jnp.where(over, chunk + (chunks + 1), chunk + chunks), jnp.where(over, rest + rests - size, rest + rests)
 
-    def one_row(i: Any, here: tuple[Any, Any]) -> tuple[Any, Any]:
-        piece = here
-        for g in range(blocks.n // LANES):
-            place = piece[1] + turns_ref[piece[0]]
-            visit(i, g, jnp.where(place >= size, place - size, place))
-            piece = moved(*piece, *divmod(1, size))
-        return moved(*here, chunks_a_row, rest_a_row)
+    # Several rows in a turn: finding the next place is a chain of scalar operations, which other rows' chains fill.
+    together = next(n for n in (ROWS, 4, 2, 1) if not blocks.k % n)
 
-    lax.fori_loop(number(0), number(blocks.k), one_row, moved(chunk, rest, 0, 0))
+    def some_rows(turn: Any, here: tuple[Any, Any]) -> tuple[Any, Any]:
+        for row in range(together):
+            piece = here
+            for g in range(blocks.n // LANES):
+                place = piece[1] + turns_ref[piece[0]]
+                visit(turn * together + row, g, jnp.where(place >= size, place - size, place))
+                piece = moved(*piece, *divmod(1, size))
+            here = moved(*here, chunks_a_row, rest_a_row)
+        return here
+
+    lax.fori_loop(number(0), number(blocks.k // together), some_rows, moved(chunk, rest, 0, 0))
 
 
 def _groups(blocks: HashedBlocks) -> list[tuple[int, slice]]:

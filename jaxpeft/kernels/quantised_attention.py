@@ -12,6 +12,7 @@ Letters: b batch, h heads, g heads of keys, r = h / g, d width, c capacity, S se
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ from jaxpeft.kernels.platforms import (
     out_like,
     power_of_two,
     same_variance,
+    sublanes,
     tpu_params,
     wide,
 )
@@ -98,7 +100,7 @@ def quantised_attention(
         )
     if d > MAX_WIDTH:
         raise KernelError(f"heads of width {d}: the kernel takes 1 to {MAX_WIDTH}")
-    block = _block(c, cache.group) if block is None else block
+    block = block_of(c, cache.group, d) if block is None else block
     if block < 1 or c % block or block % cache.group:
         raise KernelError(f"block {block}: a divisor of the capacity {c} and a multiple of the group {cache.group}")
     plan = _Plan(d**-0.5 if scale is None else float(scale), block, cache.group, cache.segment, precision, vmem_bytes)
@@ -118,10 +120,13 @@ def quantised_attention(
     return (o, lse.reshape(b, h)) if with_lse else o
 
 
-def _block(capacity: int, group: int) -> int:
-    """The largest divisor up to 1,024 of whole tiles of codes and scales, else the whole cache."""
-    unit = max(LANES, 8 * group)
-    fitting = [n for n in range(unit, min(capacity, 1024) + 1, unit) if not capacity % n and not n % group]
+def block_of(capacity: int, group: int, width: int) -> int:
+    """The largest divisor, up to 4,096 tokens of width 128, of whole tiles of codes and scales, else the whole cache.
+
+    Beginning a step costs a TPU about as much as 1,000 tokens do (`experiments/bench/kernels.py`).
+    """
+    unit, most = max(LANES, 8 * group), 4096 * LANES // (pl.cdiv(width, LANES) * LANES)
+    fitting = [n for n in range(unit, min(capacity, most) + 1, unit) if not capacity % n and not n % group]
     return max(fitting, default=capacity)
 
 
@@ -142,14 +147,14 @@ def reference(
     return o.astype(q.dtype), lse[..., 0]
 
 
-def _more(plan: _Plan, s: Array, seen: Array, v: Array, state: State) -> State:
-    """The online softmax after more tokens: scores (r, n), values (n, d)."""
+def _more(s: Array, seen: Array, weighed: Callable[[Array], Array], state: State) -> State:
+    """The online softmax after more tokens: scores (r, n), and `weights (r, n) -> their sum of values (r, d)`."""
     top, total, mean = state
     s = jnp.where(seen, s, jnp.asarray(HIDDEN, s.dtype))
     new = jnp.maximum(top, s.max(axis=1, keepdims=True))
     p = jnp.where(seen, jnp.exp(s - new), jnp.zeros((), s.dtype))
     shrink = jnp.exp(top - new)
-    return new, total * shrink + p.sum(axis=1, keepdims=True), mean * shrink + dot(p, v, (1, 0), plan.precision)
+    return new, total * shrink + p.sum(axis=1, keepdims=True), mean * shrink + weighed(p)
 
 
 def _cost(q: Array, cache: Stairs) -> pl.CostEstimate:
@@ -166,6 +171,8 @@ def _cost(q: Array, cache: Stairs) -> pl.CostEstimate:
 
 
 def _on_tpu(plan: _Plan, q: Array, cache: Stairs, *, interpret: bool) -> tuple[Array, Array]:
+    asked = q.shape[2]
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, -asked % sublanes(q.dtype)), (0, 0)))  # whole tiles of rows
     b, g, r, d = q.shape
     c, n, group = cache.capacity, plan.block, plan.group
     sums = wide(q.dtype)
@@ -215,7 +222,7 @@ def _on_tpu(plan: _Plan, q: Array, cache: Stairs, *, interpret: bool) -> tuple[A
         interpret=interpret,
         name="quantised_attention",
     )(*arrays)
-    return o, lse[..., 0]
+    return o[:, :, :asked], lse[:, :, :asked, 0]
 
 
 def _vmem(plan: _Plan, r: int, d: int, c: int) -> int:
@@ -246,14 +253,18 @@ def _tpu_kernel(
 ) -> None:
     b, j = pl.program_id(0), pl.program_id(2)
     n, group, sums = plan.block, plan.group, top.dtype
-    d = q_ref.shape[1]
+    rows, d = q_ref.shape
     past = lax.div(length_ref[b], jnp.int32(plan.segment)) * plan.segment
-    q = q_ref[...].astype(sums)
+    q = q_ref[...]
+    # Products are of q's type, as they would be over a cache that is not quantised; codes are whole numbers of 8 bits, which
+    # bfloat16 holds.
+    narrow = lambda x: x.astype(q.dtype)
+    times = functools.partial(dot, precision=plan.precision)
 
-    def more(k: Array, v: Array, live: Any) -> None:
-        s = dot(q, k, (1, 1), plan.precision) * plan.scale
+    def more(k: Array, live: Any, weighed: Callable[[Array], Array]) -> None:
+        s = times(q, narrow(k), (1, 1)) * plan.scale
         seen = lax.broadcasted_iota(jnp.int32, s.shape, 1) < live
-        top[...], total[...], mean[...] = _more(plan, s, seen, v, (top[...], total[...], mean[...]))
+        top[...], total[...], mean[...] = _more(s, seen, weighed, (top[...], total[...], mean[...]))
 
     @pl.when(j == 0)
     def _():
@@ -263,19 +274,26 @@ def _tpu_kernel(
     @pl.when(j * n < past)
     def _():
         over_tokens = lambda x: jnp.broadcast_to(x[:, None], (n // group, group, d)).reshape(n, d)
-        # One step a token and group of channels, spread over the channels: a product with ones and zeros, exact.
-        mine = lax.broadcasted_iota(jnp.int32, (d // group, d), 0)
-        spread = (lax.div(lax.broadcasted_iota(jnp.int32, (d // group, d), 1), jnp.int32(group)) == mine).astype(sums)
-        over_channels = lambda x: dot(x.astype(sums), spread, (0, 0), lax.Precision.HIGHEST)
-        k = key_code[...].astype(sums) * over_tokens(key_step[...].astype(sums)) + over_tokens(
-            key_zero[...].astype(sums)
-        )
-        v = value_code[...].astype(sums) * over_channels(value_step[...]) + over_channels(value_zero[...])
-        more(k, v, past - j * n)
+        step, zero = (over_tokens(x[...].astype(sums)) for x in (key_step, key_zero))
+
+        def weighed(p: Array) -> Array:
+            """Values have a step for each token and group of channels: the weights take it, and the codes stay as they are."""
+            own = lax.div(lax.broadcasted_iota(jnp.int32, (rows, d), 1), jnp.int32(group))
+            steps, zeros = (x[...].astype(sums) for x in (value_step, value_zero))
+            every = jnp.concatenate([p * steps[g : g + 1] for g in range(d // group)], axis=0)
+            y = times(narrow(every), narrow(value_code[...]), (1, 0))
+            parts = [
+                y[g * rows : (g + 1) * rows] + (p * zeros[g : g + 1]).sum(axis=1, keepdims=True)
+                for g in range(d // group)
+            ]
+            return functools.reduce(lambda a, gy: jnp.where(own == gy[0], gy[1], a), enumerate(parts), parts[0])
+
+        more(key_code[...].astype(sums) * step + zero, past - j * n, weighed)
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _():
-        more(recent_key[...].astype(sums), recent_value[...].astype(sums), length_ref[b] - past)
+        values = narrow(recent_value[...])
+        more(recent_key[...], length_ref[b] - past, lambda p: times(narrow(p), values, (1, 0)))
         o, lse = finished((top[...], total[...], mean[...]))
         o_ref[...], lse_ref[...] = o.astype(o_ref.dtype), lse
 
@@ -358,11 +376,13 @@ def _gpu_kernel(
         inside = (row < ref.shape[2]) & (column < ref.shape[3])
         return pltriton.load(ref.at[b, g, row, column], mask=inside, other=0).astype(sums)
 
-    q = load(q_ref, own, channel)
+    narrow = lambda x: x.astype(q_ref.dtype)  # as on TPU
+    q = narrow(load(q_ref, own, channel))
 
     def more(k: Array, v: Array, live: Any, state: State) -> State:
-        s = dot(q, k, (1, 1), plan.precision) * plan.scale
-        return _more(plan, s, lax.broadcasted_iota(jnp.int32, s.shape, 1) < live, v, state)
+        s = dot(q, narrow(k), (1, 1), plan.precision) * plan.scale
+        seen = lax.broadcasted_iota(jnp.int32, s.shape, 1) < live
+        return _more(s, seen, lambda p: dot(narrow(p), narrow(v), (1, 0), plan.precision), state)
 
     def step(j: Any, state: State) -> State:
         start = (part * each + jnp.asarray(j, jnp.int32)) * tokens

@@ -29,8 +29,6 @@ from jaxpeft.kernels.platforms import KernelError
 
 __all__ = ["Stairs", "average_bits", "saq_append", "saq_init", "saq_read"]
 
-HALF = 128  # codes 0 .. 255 are stored less this, as int8
-
 
 @jtu.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +125,10 @@ def quantise(x: Float[Array, "*n G m"], bits: int) -> tuple[Array, Array, Array]
     step = (high - low) / (2**bits - 1)
     step = jnp.where(step > 0, step, jnp.ones((), jnp.float32))
     code = jnp.round((x - low[..., None, :]) / step[..., None, :])
-    code = jnp.clip(code, 0, 2**bits - 1) - HALF
-    return code.astype(jnp.int8), step, low + HALF * step
+    # Less half of their range: a sum of codes times steps must not be a small difference of large numbers.
+    half = 2 ** (bits - 1)
+    code = jnp.clip(code, 0, 2**bits - 1) - half
+    return code.astype(jnp.int8), step, low + half * step
 
 
 def _quantise_segment(k: Array, v: Array, bits: int, group: int) -> tuple[Array, ...]:

@@ -2,7 +2,18 @@
 
 from typing import NamedTuple
 
-__all__ = ["ATTENTION", "GROUPED", "HASHED", "PRODUCTS", "Attention", "Grouped", "Hashed", "Product"]
+__all__ = [
+    "ATTENTION",
+    "DECODING",
+    "GROUPED",
+    "HASHED",
+    "PRODUCTS",
+    "Attention",
+    "Decoding",
+    "Grouped",
+    "Hashed",
+    "Product",
+]
 
 
 class Product(NamedTuple):
@@ -51,6 +62,17 @@ class Attention(NamedTuple):
     prefix: int
 
 
+class Decoding(NamedTuple):
+    """One token of each of b sequences over a quantised cache of c tokens."""
+
+    name: str
+    b: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    c: int
+
+
 PRODUCTS = (
     Product("Llama-3-8B q, 2,048 tokens", 2048, 4096, 4096, 16),
     Product("Llama-3-8B k, 2,048 tokens", 2048, 4096, 1024, 16),
@@ -87,4 +109,10 @@ ATTENTION = (
     Attention("Llama-3-8B, 2,048 tokens", 1, 2048, 2048, 32, 8, 128, True, 64),
     Attention("ViT-L, 8 images", 8, 197, 197, 16, 16, 64, False, 16),
     Attention("MiniLM, 16 x 128 tokens", 16, 128, 128, 12, 12, 32, False, 16),
+)
+
+DECODING = (
+    Decoding("Llama-3-8B, 16 sequences of 4,096", 16, 32, 8, 128, 4096),
+    Decoding("Llama-3-8B, one sequence of 32,768", 1, 32, 8, 128, 32768),
+    Decoding("as many heads as keys', 16 sequences of 1,024", 16, 16, 16, 64, 1024),
 )
