@@ -86,21 +86,44 @@ def bench_lines(r: dict[str, Any]) -> list[str]:
     return lines
 
 
+SHARED = {
+    **dict.fromkeys(("mam", "parallel", "scaled_parallel", "sublayer"), "unified-mam"),
+    **dict.fromkeys(("compacter", "hyperformer"), "vl-adapter"),
+    **dict.fromkeys(("sparse", "sparse_fine_tuning", "mad_x", "language_adapter"), "pe-reranking"),
+    "polyhistor_lite": "polyhistor",
+    "poly": "mhr",
+    "border_prompt": "blackvip",
+    "adapter_fusion": "scalearn",
+}
+"""Methods that another paper's experiment replicates."""
+
+
+def held(found: dict[str, dict[str, Any]], name: str) -> str:
+    """How many of its experiment's claims held, with the way there."""
+    slug = SHARED.get(name, name.replace("_", "-"))
+    if not (claims := found.get(slug, {}).get("claims")):
+        return ""
+    good = sum(c["verdict"] == "holds" for c in claims)
+    return f"[{good} of {len(claims)}](experiments/README.md#{slug})"
+
+
 def methods_block() -> str:
     """The README's table of methods: what the registry knows, and what `compare` measured."""
     from jaxpeft.method import METHODS
 
-    measured = {r["method"]: r for r in results().get("r8", {}).get("rows", ())}
+    found = results()
+    measured = {r["method"]: r for r in found.get("r8", {}).get("rows", ())}
     lines = [
-        "| method | paper | mechanism | merges | R8, low data: test accuracy | trained |",
-        "|---|---|---|---|---|---|",
+        "| method | paper | mechanism | merges | claims that held in small | R8, low data: test accuracy | trained |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, e in sorted(METHODS.items()):
         r = measured.get(name)
         score = f"{100 * r['mean']:.1f} ± {100 * r['std']:.1f} %" if r else "not measured yet"
         trained = f"{r['trained_parameters']:,}" if r else ""
         lines.append(
-            f"| `{name}` | {e.paper} | {e.mechanism} | {'yes' if e.mergeable else 'no'} | {score} | {trained} |"
+            f"| `{name}` | {e.paper} | {e.mechanism} | {'yes' if e.mergeable else 'no'} | {held(found, name)} | {score} | "
+            f"{trained} |"
         )
     return "\n".join(lines)
 
