@@ -5,7 +5,7 @@
     python experiments/bench/plan.py --smoke    one narrow model on four chips; writes nothing here
 
 Needs the extra `aot`. Nothing runs: bytes, collectives and cycles are the compilers' predictions. Finished cases are kept
-in `runs/plan/`, so that a cut run goes on. v5e-16 and v5e-256 are that many chips, v5p-64 is 32 chips (64 cores).
+in `plan_cases/`, so that a cut run goes on. v5e-16 and v5e-256 are that many chips, v5p-64 is 32 chips (64 cores).
 
 Base in bfloat16, delta and AdamW in float32, layers scanned and recomputed, hidden states between blocks divided over
 the tensor axis. LoRA and DoRA have rank 16 on query and value, LST r = 8 with a random start.
@@ -36,7 +36,7 @@ from jaxpeft.train.plan_search import largest_batch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import record
 
-RUNS = Path(__file__).parent / "runs" / "plan"
+RUNS = Path(__file__).parent / "plan_cases"
 OPTIONS = {"lora": ("rank=16",), "dora": ("rank=16",), "lst": ("init=random",), "full": ()}
 PODS = {"v5e-16": "v5e:4x4", "v5e-256": "v5e:16x16", "v5p-64": "v5p:2x4x4", "one H100": "h100:1", "8 H100": "h100:8"}
 BATCHES = {
