@@ -51,11 +51,12 @@ class ModelFolderError(TensorNamesError):
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies and what its header says of it."""
+    """Where one tensor lies and what its header says of it; `start` counts bytes from the beginning of the file."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -109,7 +110,10 @@ def read_header(file: Path) -> dict[str, Entry]:
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            entries = {name: Entry(file, tuple(info["shape"]), info["dtype"]) for name, info in header.items()}
+            entries = {
+                name: Entry(file, tuple(info["shape"]), info["dtype"], 8 + length + info["data_offsets"][0])
+                for name, info in header.items()
+            }
             end = max((info["data_offsets"][1] for info in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ModelFolderError(f"{file} has an unreadable header: {remedy}") from error
