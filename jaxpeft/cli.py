@@ -143,24 +143,54 @@ class Sweep:
 
 @dataclass
 class Merge:
-    """Merge a run's delta into its base and write a folder that Hugging Face transformers can load.
+    """Merge a run's delta into its base, or several models into one by a recipe; safetensors, config.json, tokenizer.
 
-    Example: jaxpeft merge runs/20260102-030405-lora-r8 merged
+    Examples: jaxpeft merge runs/20260102-030405-lora-r8 merged
+              jaxpeft merge --recipe recipe.yaml --out merged
+
+    A recipe is YAML in mergekit's words (linear, slerp, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs,
+    breadcrumbs_ties). Models of any size: tensors pass through once, memory holds a few. Ctrl-C and the same command
+    again go on.
     """
 
-    run_folder: Positional[Path]
+    run_folder: Positional[Path | None] = None
     """A run's folder, or its delta's."""
-    out: Positional[Path]
-    """The folder to write; safetensors, config.json, tokenizer."""
+    folder: Positional[Path | None] = None
+    """The folder to write."""
+    recipe: Path | None = None
+    """A YAML file that says which models are merged and how, instead of a run."""
+    out: Path | None = None
+    """The folder to write, by name."""
+    workers: int | None = None
+    """Threads of a recipe's merge; all cores by default."""
+    seed: int = 0
+    """Of a recipe's random drops."""
 
     def run(self) -> None:
-        from jaxpeft.models import save_model
-        from jaxpeft.train.run import open_run
+        out = self.out or self.folder
+        if (self.recipe is None) == (self.run_folder is None) or out is None:
+            raise ValueError("give a run and a folder (jaxpeft merge RUN OUT), or --recipe FILE --out FOLDER")
+        if self.recipe is not None:
+            self._by_recipe(self.recipe, out)
+        elif self.run_folder is not None:
+            from jaxpeft.models import save_model
+            from jaxpeft.train.run import open_run
 
-        trained = open_run(self.run_folder)
-        merged = trained.adapted.merge(trained.params, trained.delta)
-        save_model(self.out, trained.loaded.model, merged, source=trained.loaded.folder)
-        _print(f"merged into {self.out}")
+            trained = open_run(self.run_folder)
+            merged = trained.adapted.merge(trained.params, trained.delta)
+            save_model(out, trained.loaded.model, merged, source=trained.loaded.folder)
+        _print(f"merged into {out}")
+
+    def _by_recipe(self, recipe: Path, out: Path) -> None:
+        from rich.progress import Progress
+
+        from jaxpeft.merge.recipe import load_recipe
+        from jaxpeft.merge.streaming import merge_folders
+
+        with Progress() as bar:
+            task = bar.add_task("tensors", total=None)
+            show = lambda done, total, name: bar.update(task, completed=done, total=total)
+            merge_folders(load_recipe(recipe), out, workers=self.workers, seed=self.seed, progress=show)
 
 
 @dataclass

@@ -30,3 +30,16 @@ def test_generated_pages_are_not_stale():
         [sys.executable, ROOT / "experiments" / "report.py", "--check"], capture_output=True, text=True, check=False
     )
     assert out.returncode == 0, out.stdout + out.stderr
+
+
+def test_the_recipe_of_the_readme_is_one(tmp_path):
+    import yaml
+
+    from jaxpeft.merge.recipe import read_recipe
+
+    for name in ("base", "chat", "code"):
+        (tmp_path / name).mkdir()
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    recipe = read_recipe(yaml.safe_load(block), tmp_path)
+    assert recipe.number("density", "x", 0.5, recipe.models[0]) == 0.35
+    assert recipe.number("weight", "layers.0.mlp.up", 0, recipe.models[1]) == 0.8

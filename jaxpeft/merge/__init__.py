@@ -1,0 +1,72 @@
+"""Many models in, one model out: pure functions `merge(base, models, *, ...) -> params`.
+
+    models = [trained_on_a, trained_on_b]     # or one tree with a leading axis, as a vmapped training leaves it
+    params = task_arithmetic(base, models, alpha=0.3)
+    curve  = jax.vmap(lambda a: task_arithmetic(base, models, alpha=a))(jnp.linspace(0, 1, 21))
+    params = dare(base, models, key=key, p=0.9, combine=ties, keep=0.2)
+    params = uniform_soup(None, models)       # what needs no base takes None
+
+Hyperparameters that are numbers may be traced: `vmap` over them gives the whole curve, `lax.map` the same with one
+model in memory at a time. `MERGES` lists what there is. `merge_deltas` sums LoRA deltas without forming a weight.
+"""
+
+from jaxpeft.merge.breadcrumbs import breadcrumbs, middle_masks
+from jaxpeft.merge.dare import dare
+from jaxpeft.merge.deltas import merge_adapted, merge_deltas
+from jaxpeft.merge.fisher_merging import diagonal_fisher, dirichlet_grid, fisher_merging, isotropic_merging, pair_grid
+from jaxpeft.merge.model_soups import (
+    Greedy,
+    Learned,
+    greedy_selection,
+    greedy_soup,
+    learned_mixture,
+    learned_soup,
+    logit_ensemble,
+    soup,
+    uniform_soup,
+    wise_ft,
+)
+from jaxpeft.merge.registry import MERGES, Merge, merge, register_merge
+from jaxpeft.merge.regmean import gram, regmean
+from jaxpeft.merge.stack import MergeInputError, add, check_finite, stacked, task_vectors
+from jaxpeft.merge.task_arithmetic import Negation, negation, task_arithmetic
+from jaxpeft.merge.ties import elected_signs, ties
+
+__all__ = [
+    "MERGES",
+    "Greedy",
+    "Learned",
+    "Merge",
+    "MergeInputError",
+    "Negation",
+    "add",
+    "breadcrumbs",
+    "check_finite",
+    "dare",
+    "diagonal_fisher",
+    "dirichlet_grid",
+    "elected_signs",
+    "fisher_merging",
+    "gram",
+    "greedy_selection",
+    "greedy_soup",
+    "isotropic_merging",
+    "learned_mixture",
+    "learned_soup",
+    "logit_ensemble",
+    "merge",
+    "merge_adapted",
+    "merge_deltas",
+    "middle_masks",
+    "negation",
+    "pair_grid",
+    "register_merge",
+    "regmean",
+    "soup",
+    "stacked",
+    "task_arithmetic",
+    "task_vectors",
+    "ties",
+    "uniform_soup",
+    "wise_ft",
+]
