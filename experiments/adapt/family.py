@@ -6,7 +6,7 @@
     python experiments/adapt/family.py collect                  makes the results file from what there is
     python experiments/adapt/family.py --smoke                  two methods, a few steps; writes nothing here
 
-Finished parts are kept in `runs/family/`, so that a cut run goes on. Problems: MiniLM on Reuters R8, R52 and 20 Newsgroups
+Finished parts are kept in `family_parts/`, so that a cut run goes on. Problems: MiniLM on Reuters R8, R52 and 20 Newsgroups
 (10 and 50 examples a class, first 48 tokens), and a small ViT, trained on Fashion-MNIST, on MNIST-5k and on digits (10, 50
 and 200 a class). A class that has fewer gives what it has. Every method trains a new head along. For each budget its rate
 is the best of three around its registered one by the validation accuracy of a tuning seed, then three seeds, which draw
@@ -41,7 +41,7 @@ import study
 from jaxpeft import METHODS, Method, adapt, chain, head, train, trees
 
 HERE = Path(__file__).parent
-RUNS = HERE / "runs" / "family"
+RUNS = HERE / "family_parts"
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "hyperformer": {"embedding": 64, "hidden": 32, "efficient": True},
