@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-_EXIT = re.compile(r"(%p\d+_?p?\w*) = scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
+_EXIT = re.compile(r"(%p\w+) = scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
 _BACK = re.compile(r"sbr\.rel \(!(%p\w+)\) target")
 _BRANCH = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
 

@@ -4,11 +4,10 @@
     done = measure(arms, problem, Budget(steps=300, batch=32, rates=(1e-3, 3e-3)))
     difference(done["LoRA"], done["full"])           # mean and half-width of the 95 % interval, paired over seeds
 
-A `Problem` is a model with data of one or several tasks; an `Arm` is a method on it. For each arm one rate out of the grid,
-continued where the best is at its edge,
-by the validation score of the tuning seeds (which are not among the measured ones), then every seed once, of which the
-test score is looked at once. A run is a scan over its steps, with the rate, the seed and the order of the examples as
-arguments; the runs of an arm are trained side by side in one program (vmap).
+A `Problem` is a model with data of one or several tasks; an `Arm` is a method on it. For each arm one rate out of the grid
+(continued where its best is at an edge) by the validation score of the tuning seeds (which are not among the measured
+ones), then every seed once, of which the test score is looked at once. A run is a scan over its steps, with the rate, the
+seed and the order of the examples as arguments; the runs of an arm are trained side by side in one program (vmap).
 """
 
 import argparse
@@ -360,6 +359,24 @@ def at_least(text: str, a: Mapping[str, Any], b: Mapping[str, Any], points: floa
     return record.claim(text, mean >= points, f"{mean:+.2f} ± {half:.2f} points")
 
 
+def gradient_of(adapted: Adapted, problem: Problem) -> Callable[..., Any]:
+    """`(learned leaves, the others, params, batch) -> the gradient of the mean loss`, without dropout."""
+
+    def loss(yes: Any, no: Any, params: Any, batch: Any) -> Any:
+        apply = lambda *inputs, **kwargs: adapted.apply(params, trees.combine(yes, no), *inputs, **kwargs)
+        return problem.task.loss(problem.task.forward(apply, batch, None), batch).mean()
+
+    return jax.grad(loss)
+
+
+def counted(program: Any) -> dict[str, float]:
+    """A compiled program's temporaries (MiB) and operations (GFLOP)."""
+    return {
+        "temporaries_mib": program.memory_analysis().temp_size_in_bytes / 2**20,
+        "gflop": program.cost_analysis()["flops"] / 1e9,
+    }
+
+
 def memory_of(adapted: Adapted, problem: Problem, rows: int = 64) -> dict[str, float]:
     """Temporaries (MiB) and operations (GFLOP) of one gradient of the learned leaves, by the CPU's compiler."""
     batch = jax.eval_shape(
@@ -367,19 +384,9 @@ def memory_of(adapted: Adapted, problem: Problem, rows: int = 64) -> dict[str, f
     )
     params = jax.eval_shape(lambda x: x, problem.params)
     delta = jax.eval_shape(adapted.init, jax.random.key(0), params, *inputs_of(batch))
-    yes, no = trees.learned(delta)
-
-    def loss(yes: Any, no: Any, params: Any, batch: Any) -> Any:
-        apply = lambda *inputs, **kwargs: adapted.apply(params, trees.combine(yes, no), *inputs, **kwargs)
-        return problem.task.loss(problem.task.forward(apply, batch, None), batch).mean()
-
     # On a GPU products are calls of a library, which the compiler does not count: always the CPU's figures.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        program = jax.jit(jax.grad(loss)).lower(yes, no, params, batch).compile()
-    return {
-        "temporaries_mib": program.memory_analysis().temp_size_in_bytes / 2**20,
-        "gflop": program.cost_analysis()["flops"] / 1e9,
-    }
+        return counted(jax.jit(gradient_of(adapted, problem)).lower(*trees.learned(delta), params, batch).compile())
 
 
 def arguments(text: str) -> argparse.Namespace:

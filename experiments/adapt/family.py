@@ -208,24 +208,14 @@ def costs(name: str, b: Bench, rows: int = 32, calls: int = 6) -> dict[str, Any]
     examples = jax.tree.map(lambda x: jnp.resize(x, (rows, *x.shape[1:])), b.problem.examples["train"])
     inputs = study.inputs_of(examples)
     delta = jax.jit(adapted.init)(jax.random.key(0), b.problem.params, *inputs)
-    yes, no = trees.learned(delta)
-
-    def loss(yes: Any, no: Any, params: Any, batch: Any) -> Any:
-        apply = lambda *inputs, **kwargs: adapted.apply(params, trees.combine(yes, no), *inputs, **kwargs)
-        return b.problem.task.loss(b.problem.task.forward(apply, batch, None), batch).mean()
-
-    program = jax.jit(jax.grad(loss)).lower(yes, no, b.problem.params, examples).compile()
+    operands = (*trees.learned(delta), b.problem.params, examples)
+    program = jax.jit(study.gradient_of(adapted, b.problem)).lower(*operands).compile()
     taken = []
     for _ in range(calls):
         start = time.perf_counter()
-        jax.block_until_ready(program(yes, no, b.problem.params, examples))
+        jax.block_until_ready(program(*operands))
         taken.append(time.perf_counter() - start)
-    return {
-        "method": name,
-        "temporaries_mib": program.memory_analysis().temp_size_in_bytes / 2**20,
-        "gflop": program.cost_analysis()["flops"] / 1e9,
-        "seconds": min(taken),
-    }
+    return {"method": name, **study.counted(program), "seconds": min(taken)}
 
 
 def collected(folder: Path, s: Setup) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from jax import lax
 from jaxpeft import aot
 from jaxpeft.kernels import attention, grouped_low_rank, hashed_matmul, low_rank_matmul, quantised_attention, saq_init
 from jaxpeft.kernels.random_fold import materialise
-from jaxpeft.kernels.workloads import ATTENTION, GROUPED, HASHED, PRODUCTS
+from jaxpeft.kernels.workloads import ATTENTION, DECODING, GROUPED, HASHED, PRODUCTS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import record
@@ -204,8 +204,8 @@ def attentions() -> list[Case]:
 
 
 def decoding() -> list[Case]:
-    """One token over a cache of 4,096, of a batch of 16, as Llama-3-8B has it."""
-    b, h, g, d, c = 16, 32, 8, 128, 4096
+    """One token over a quantised cache, of the first of `DECODING`."""
+    name, b, h, g, d, c = DECODING[0]
 
     def make(key: Any) -> Any:
         q, k, v, codes, steps = jax.random.split(key, 5)
@@ -224,7 +224,7 @@ def decoding() -> list[Case]:
     whole = lambda q, cache, k, v: jax.nn.dot_product_attention(q[:, None], k, v)
     versions = {"kernel": run("gpu"), "XLA": run("xla"), "whole cache": whole}
     moved = 2 * b * g * c * d + 2 * 2 * 4 * b * g * c * d // 32
-    return [Case("decoding", "Llama-3-8B, 16 x 4,096", make, versions, (), 4 * b * h * d * c, moved)]
+    return [Case("decoding", name, make, versions, (), 4 * b * h * d * c, moved)]
 
 
 CODES = ("key_code", "value_code", "key_step", "key_zero", "value_step", "value_zero")

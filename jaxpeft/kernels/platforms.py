@@ -114,9 +114,6 @@ def gpu_tile(rows: int, columns: int) -> tuple[Any, Any]:
     Programs that run at one time share rows and columns, which then are read from memory once: eight rows at a time go
     through all columns.
     """
-    if rows <= GPU_ROWS:
-        at = jnp.asarray(pl.program_id(0), jnp.int32)
-        return lax.rem(at, jnp.int32(rows)), lax.div(at, jnp.int32(rows))
     at, each = jnp.asarray(pl.program_id(0), jnp.int32), jnp.int32(GPU_ROWS * columns)
     first = lax.div(at, each) * GPU_ROWS
     high = jnp.minimum(jnp.int32(rows) - first, GPU_ROWS)

@@ -255,17 +255,19 @@ def test_memory_is_a_few_pieces_and_one_tensor(tmp_path):
     for name in ("base", "a", "b", "c"):
         write(tmp_path / name, {f"w{i}": rng.standard_normal((1000, 10_000), np.float32) for i in range(4)})
     program = """
-import resource, sys
+import sys
 from jaxpeft.merge.recipe import read_recipe
 from jaxpeft.merge.streaming import merge_folders
 models = [{"model": m, "parameters": {"weight": 0.5, "density": 0.2}} for m in "abc"]
 recipe = read_recipe({"merge_method": "ties", "base_model": "base", "models": models}, sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not `ru_maxrss`, which begins with the parent's: this process's own.
+most = lambda: int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1])
+before = most()
 merge_folders(recipe, sys.argv[1] + "/out", workers=2)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((most() - before) / 1024)
 """
     ran = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
-    assert float(ran.stdout) < 160, "MiB: two tensors, twice while they are partitioned, and pieces"
+    assert 20 < float(ran.stdout) < 160, "MiB: two tensors, twice while they are partitioned, and pieces"
 
 
 def test_depth_goes_from_the_first_layer_to_the_last():
