@@ -1,0 +1,160 @@
+"""What a network that emits the weights of another is: pure functions around a specification of the target.
+
+    spec   = jax.eval_shape(model.init, key, x)          # of any model: Linen, NNX, a dictionary of one's own
+    hyper  = mip(spec, inputs=1)                         # or another of `HYPERNETWORKS`
+    params = hyper.apply(hyper.init(key), gamma)         # a tree like `spec`, differentiable; model.apply takes it
+
+What is emitted is a tree, never one flat vector: each tensor has a head, a start and, if one likes, a sharding of its own.
+`vmap` over conditions gives many models at once. Leaves that are not floating point (counters, keys) are not emitted.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Key, PyTree
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from jaxpeft import trees
+from jaxpeft.files import to_plain, write_atomically
+
+__all__ = [
+    "HYPERNETWORKS",
+    "Hypernetwork",
+    "TargetError",
+    "load_hypernetwork",
+    "register_hypernetwork",
+    "save_hypernetwork",
+    "split_target",
+    "stacked_paths",
+]
+
+CONFIG, ARRAYS = "hypernetwork.json", "hypernetwork.safetensors"
+
+
+class TargetError(ValueError):
+    """A specification that no weights can be emitted for, or a file of emitted weights that does not belong to it."""
+
+
+class Hypernetwork(NamedTuple):
+    """A network whose outputs are the parameters of another.
+
+    Attributes:
+      name: of the method.
+      init: `(key) -> weights`, what is trained.
+      apply: `(weights, condition) -> params`, a tree of the target's structure, shapes and dtypes.
+      target: the specification: the target's parameters as `jax.ShapeDtypeStruct`s.
+      config: what made it but for the target, as plain data for files.
+    """
+
+    name: str
+    init: Callable[[Key[Array, ""]], PyTree]
+    apply: Callable[..., PyTree]
+    target: PyTree
+    config: Mapping[str, Any]
+
+
+HYPERNETWORKS: dict[str, Callable[..., Hypernetwork]] = {}
+
+
+def register_hypernetwork(factory: Callable[..., Hypernetwork]) -> Callable[..., Hypernetwork]:
+    """Puts `factory(spec, ...)` into `HYPERNETWORKS` under its own name."""
+    HYPERNETWORKS[factory.__name__] = factory
+    return factory
+
+
+# ------------------------------------------------------------------------------------------------------------ the target
+
+
+def split_target(spec: PyTree, base: PyTree = None) -> tuple[PyTree, PyTree]:
+    """A specification in two: what is emitted, and what is kept from `base`; `trees.combine` puts them together.
+
+    Args:
+      spec: arrays or `jax.ShapeDtypeStruct`s.
+      base: parameters of that structure; only needed where something is not floating point.
+
+    Raises:
+      TargetError: nothing to emit; other kinds of leaves and no base; a base of other leaves.
+    """
+    spec = as_spec(spec)
+    if not jtu.tree_leaves(spec):
+        raise TargetError("an empty specification: the target has no parameters, so there is nothing to emit")
+    emitted, others = trees.partition(spec, trees.is_learned)
+    if not jtu.tree_leaves(emitted):
+        raise TargetError("nothing to emit: no leaf of the specification is floating point")
+    strange = [p for p, x in trees.by_path(spec).items() if not trees.is_learned(p, x)]
+    if base is None:
+        if strange:
+            kind = trees.by_path(spec)[strange[0]].dtype
+            raise TargetError(
+                f"{strange[0]!r} is {kind}, which no network emits: give a base, whose values are kept there"
+            )
+        return emitted, others
+    if (a := trees.fingerprint(spec)) != (b := trees.fingerprint(base)):
+        raise TargetError(f"a base with fingerprint {b} for a target with {a}: their leaves differ in names or shapes")
+    return emitted, trees.partition(base, trees.is_learned)[1]
+
+
+def as_spec(tree: PyTree) -> PyTree:
+    """`tree` as `jax.ShapeDtypeStruct`s."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
+
+
+def stacked_paths(spec: PyTree, stacked: trees.Pattern | None) -> set[str]:
+    """The paths of leaves whose first axis counts layers (of a scanned model): each entry is a tensor by itself.
+
+    Raises:
+      PatternError: nothing matches.
+    """
+    return set() if stacked is None else set(trees.matches(stacked, trees.by_path(spec), "parameter"))
+
+
+# ----------------------------------------------------------------------------------------------------------------- files
+
+
+def save_hypernetwork(folder: Path | str, hyper: Hypernetwork, weights: PyTree, **extra: Any) -> Path:
+    """Writes a hypernetwork's weights and configuration, each whole or not at all; `extra` is plain data beside them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Made contiguous: safetensors 0.8.0 stores strided arrays wrongly.
+    arrays = {p: np.asarray(x, order="C") for p, x in trees.by_path(weights).items()}
+    config = {
+        "format": 1,
+        "name": hyper.name,
+        "config": to_plain(hyper.config),
+        "target": trees.fingerprint(hyper.target),
+        **extra,
+    }
+    write_atomically(folder / ARRAYS, lambda path: save_file(arrays, path))
+    write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
+    return folder
+
+
+def load_hypernetwork(folder: Path | str, hyper: Hypernetwork) -> PyTree:
+    """Reads the weights of a hypernetwork, made anew for its target, as `save_hypernetwork` wrote them.
+
+    Raises:
+      TargetError: no such folder, a truncated file, another method, configuration or target.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        arrays = load_file(folder / ARRAYS)
+    except (OSError, SafetensorError, ValueError) as e:
+        raise TargetError(f"{folder} cannot be read as a hypernetwork's folder ({e})") from e
+    own = {"name": hyper.name, "config": to_plain(hyper.config), "target": trees.fingerprint(hyper.target)}
+    for key, value in own.items():
+        if config.get(key) != value:
+            raise TargetError(f"{folder} holds a hypernetwork with {key} {config.get(key)}, this one has {value}")
+    like = jax.eval_shape(hyper.init, jax.random.key(0))
+    paths = trees.by_path(like)
+    wrong = [p for p, x in paths.items() if p not in arrays or arrays[p].shape != x.shape]
+    if wrong or set(arrays) - set(paths):
+        raise TargetError(f"{folder / ARRAYS} does not fit {CONFIG}: {(wrong or sorted(set(arrays) - set(paths)))[:3]}")
+    return trees.replace_leaves(like, {p: jnp.asarray(x) for p, x in arrays.items()})
