@@ -27,12 +27,14 @@ from jaxpeft.hyper.layers import (
     zeros,
 )
 from jaxpeft.hyper.mip import mip, mip_encode
+from jaxpeft.hyper.tleg import depth_coefficients, tleg, tleg_expand, tleg_fit, tleg_kd_loss, tleg_r2
 
 __all__ = [
     "HYPERNETWORKS",
     "Hypernetwork",
     "Place",
     "TargetError",
+    "depth_coefficients",
     "emitting",
     "head",
     "head_start",
@@ -43,6 +45,11 @@ __all__ = [
     "places",
     "register_hypernetwork",
     "save_hypernetwork",
+    "tleg",
+    "tleg_expand",
+    "tleg_fit",
+    "tleg_kd_loss",
+    "tleg_r2",
     "trunk",
     "trunk_start",
     "zeros",

@@ -174,11 +174,11 @@ def _mapped(one: Any, tree: PyTree, key: Key[Array, ""]) -> PyTree:
 
 
 def _ordinary(path: str, shape: tuple[int, ...], key: Key[Array, ""], stacked: bool) -> Array:
-    """An ordinary start of a tensor: what has two axes or more is N(0, 2 / fan-in), scales are 1, other vectors 0."""
-    inner = shape[stacked:]
-    if len(inner) > 1:
+    """An ordinary start of a tensor: biases 0, scales 1, other vectors 0, and what has more axes N(0, 2 / fan-in)."""
+    inner, name = shape[stacked:], path.rpartition("/")[2]
+    if len(inner) > 1 and name not in ("bias", "scale"):
         return (2 / max(1, _size(inner[:-1]))) ** 0.5 * jax.random.normal(key, shape)
-    return jnp.full(shape, float(path.rpartition("/")[2] == "scale"))
+    return jnp.full(shape, float(name == "scale"))
 
 
 def _size(shape: tuple[int, ...]) -> int:
