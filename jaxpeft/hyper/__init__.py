@@ -12,6 +12,7 @@ from jaxpeft.hyper.hypernetwork import (
     Hypernetwork,
     TargetError,
     load_hypernetwork,
+    per_example,
     register_hypernetwork,
     save_hypernetwork,
 )
@@ -28,12 +29,14 @@ from jaxpeft.hyper.layers import (
 )
 from jaxpeft.hyper.mip import mip, mip_encode
 from jaxpeft.hyper.tleg import depth_coefficients, tleg, tleg_expand, tleg_fit, tleg_kd_loss, tleg_r2
+from jaxpeft.hyper.tunable_conv import balanced, multi_loss, sample_omega, tunable_conv
 
 __all__ = [
     "HYPERNETWORKS",
     "Hypernetwork",
     "Place",
     "TargetError",
+    "balanced",
     "depth_coefficients",
     "emitting",
     "head",
@@ -41,9 +44,12 @@ __all__ = [
     "load_hypernetwork",
     "mip",
     "mip_encode",
+    "multi_loss",
     "normal",
+    "per_example",
     "places",
     "register_hypernetwork",
+    "sample_omega",
     "save_hypernetwork",
     "tleg",
     "tleg_expand",
@@ -52,5 +58,6 @@ __all__ = [
     "tleg_r2",
     "trunk",
     "trunk_start",
+    "tunable_conv",
     "zeros",
 ]

@@ -23,12 +23,14 @@ from safetensors.numpy import load_file, save_file
 
 from jaxpeft import trees
 from jaxpeft.files import to_plain, write_atomically
+from jaxpeft.interpret import lift
 
 __all__ = [
     "HYPERNETWORKS",
     "Hypernetwork",
     "TargetError",
     "load_hypernetwork",
+    "per_example",
     "register_hypernetwork",
     "save_hypernetwork",
     "split_target",
@@ -51,6 +53,8 @@ class Hypernetwork(NamedTuple):
       apply: `(weights, condition) -> params`, a tree of the target's structure, shapes and dtypes.
       target: the specification: the target's parameters as `jax.ShapeDtypeStruct`s.
       config: what made it but for the target, as plain data for files.
+      factored: as `apply`, but with leaves that are array-like and know their products (`weights`), for `interpret.lift`:
+        cheaper where they would be used once. None where there is nothing to be saved.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Hypernetwork(NamedTuple):
     apply: Callable[..., PyTree]
     target: PyTree
     config: Mapping[str, Any]
+    factored: Callable[..., PyTree] | None = None
 
 
 HYPERNETWORKS: dict[str, Callable[..., Hypernetwork]] = {}
@@ -67,6 +72,30 @@ def register_hypernetwork(factory: Callable[..., Hypernetwork]) -> Callable[...,
     """Puts `factory(spec, ...)` into `HYPERNETWORKS` under its own name."""
     HYPERNETWORKS[factory.__name__] = factory
     return factory
+
+
+def per_example(apply_fn: Callable[..., Any], hyper: Hypernetwork) -> Callable[..., Any]:
+    """The target with weights of its own for each example.
+
+    Args:
+      apply_fn: `(params, *inputs)`, whose inputs and outputs have the examples on their leading axis; static.
+      hyper: for `apply_fn`'s parameters; its `factored` weights are used where it has them, so that what the examples share
+        is multiplied once for all of them.
+
+    Returns:
+      `(weights, condition, *inputs)`, where every leaf of `condition` has the examples on its leading axis as well.
+    """
+    emit = hyper.factored or hyper.apply
+
+    def run(weights: PyTree, condition: PyTree, *inputs: Any) -> Any:
+        def one(condition: PyTree, *inputs: Any) -> Any:
+            batch = jax.tree.map(lambda x: x[None], inputs)
+            out = lift(apply_fn)(emit(weights, condition), *batch)
+            return jax.tree.map(lambda y: y[0], out)
+
+        return jax.vmap(one)(condition, *inputs)
+
+    return run
 
 
 # ------------------------------------------------------------------------------------------------------------ the target

@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxpeft import trees
@@ -180,7 +181,7 @@ def tleg_kd_loss(
     """
     soft = kl_loss(student, teacher, tau) / student.shape[-1]
     if y is None:
-        if isinstance(a, jax.core.Tracer) or a != 1:
+        if isinstance(a, Tracer) or a != 1:
             raise ValueError("no labels: cross-entropy needs them unless a is 1")
         return soft
     log_p = jax.nn.log_softmax(student, -1)
