@@ -28,6 +28,7 @@ from jaxpeft.hyper.layers import (
     zeros,
 )
 from jaxpeft.hyper.mip import mip, mip_encode
+from jaxpeft.hyper.stn import Tuner, Tuning, cutout, dropout, self_tuning, stn
 from jaxpeft.hyper.tleg import depth_coefficients, tleg, tleg_expand, tleg_fit, tleg_kd_loss, tleg_r2
 from jaxpeft.hyper.tunable_conv import balanced, multi_loss, sample_omega, tunable_conv
 
@@ -36,8 +37,12 @@ __all__ = [
     "Hypernetwork",
     "Place",
     "TargetError",
+    "Tuner",
+    "Tuning",
     "balanced",
+    "cutout",
     "depth_coefficients",
+    "dropout",
     "emitting",
     "head",
     "head_start",
@@ -51,6 +56,8 @@ __all__ = [
     "register_hypernetwork",
     "sample_omega",
     "save_hypernetwork",
+    "self_tuning",
+    "stn",
     "tleg",
     "tleg_expand",
     "tleg_fit",
