@@ -11,6 +11,7 @@ Environment: `JAXPEFT_CACHE` (where things are kept), `JAXPEFT_OFFLINE=1` (nothi
 """
 
 from jaxpeft.data.assets import ASSETS, MODELS, AssetError, cache_dir, fetch, model_folder
+from jaxpeft.data.augmix import AUGMIX_OPS, augmix
 from jaxpeft.data.batches import (
     BUCKETS,
     Batches,
@@ -27,6 +28,7 @@ from jaxpeft.data.tokens import Ragged, Tokenizer
 
 __all__ = [
     "ASSETS",
+    "AUGMIX_OPS",
     "BUCKETS",
     "MODELS",
     "NAMES",
@@ -43,6 +45,7 @@ __all__ = [
     "TextBatch",
     "TextSet",
     "Tokenizer",
+    "augmix",
     "cache_dir",
     "fetch",
     "image_batches",

@@ -1,6 +1,6 @@
 """Which model, which data, which knowledge to move, and what to do with a model where it lands."""
 
-from jaxpeft.transfer import fantastic_gains
+from jaxpeft.transfer import fantastic_gains, robustify
 from jaxpeft.transfer.lame import (
     Solution,
     affinity,
@@ -20,4 +20,5 @@ __all__ = [
     "lame_predict",
     "lame_stream",
     "objective",
+    "robustify",
 ]
