@@ -4,7 +4,8 @@
       jaxpeft.json          the method's config, the base's fingerprint, what the library's version was
       delta.safetensors     the arrays under their paths; `Fixed` ones are listed in the config
 
-Methods that Hugging Face PEFT knows can be written in its layout instead; see `interchange`.
+Methods that Hugging Face PEFT knows can be written in its layout instead; see `interchange`. A hypernetwork's weights are kept
+likewise, in files of their own names.
 """
 
 import json
@@ -18,13 +19,16 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jaxtyping import PyTree
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxpeft import trees
+from jaxpeft.hyper.hypernetwork import Hypernetwork, TargetError
 from jaxpeft.method import Delta, Method, Params, from_config
 
 CONFIG, ARRAYS = "jaxpeft.json", "delta.safetensors"
+HYPER_CONFIG, HYPER_ARRAYS = "hypernetwork.json", "hypernetwork.safetensors"
 
 
 class DeltaError(ValueError):
@@ -140,6 +144,56 @@ def _nested(flat: Mapping[str, Any], keys: Mapping[str, list[str]]) -> Delta:
             at = at.setdefault(key, {})
         at[last] = x
     return tree
+
+
+# ---------------------------------------------------------------------------------------------------------- hypernetworks
+
+
+def save_hypernetwork(folder: Path | str, hyper: Hypernetwork, weights: PyTree, **extra: Any) -> Path:
+    """Writes a hypernetwork's weights and configuration, each whole or not at all; `extra` is plain data beside them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Made contiguous: safetensors 0.8.0 stores strided arrays wrongly.
+    arrays = {p: np.asarray(x, order="C") for p, x in trees.by_path(weights).items()}
+    config = {
+        "format": 1,
+        "name": hyper.name,
+        "config": to_plain(hyper.config),
+        "target": trees.fingerprint(hyper.target),
+        **extra,
+    }
+    write_atomically(folder / HYPER_ARRAYS, lambda path: save_file(arrays, path))
+    write_atomically(folder / HYPER_CONFIG, lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
+    return folder
+
+
+def load_hypernetwork(folder: Path | str, hyper: Hypernetwork) -> PyTree:
+    """Reads the weights of a hypernetwork, made anew for its target, as `save_hypernetwork` wrote them.
+
+    Raises:
+      TargetError: no such folder, a truncated file, another method, configuration or target.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / HYPER_CONFIG).read_text())
+        arrays = load_file(folder / HYPER_ARRAYS)
+    except (OSError, SafetensorError, ValueError) as e:
+        raise TargetError(f"{folder} cannot be read as a hypernetwork's folder ({e})") from e
+    own = {"name": hyper.name, "config": to_plain(hyper.config), "target": trees.fingerprint(hyper.target)}
+    for key, value in own.items():
+        if config.get(key) != value:
+            raise TargetError(f"{folder} holds a hypernetwork with {key} {config.get(key)}, this one has {value}")
+    like = jax.eval_shape(hyper.init, jax.random.key(0))
+    paths = trees.by_path(like)
+    wrong = [p for p, x in paths.items() if p not in arrays or arrays[p].shape != x.shape]
+    if wrong or set(arrays) - set(paths):
+        raise TargetError(
+            f"{folder / HYPER_ARRAYS} does not fit {HYPER_CONFIG}: {(wrong or sorted(set(arrays) - set(paths)))[:3]}"
+        )
+    return trees.replace_leaves(like, {p: jnp.asarray(x) for p, x in arrays.items()})
+
+
+# -------------------------------------------------------------------------------------------------------------- the parts
 
 
 def to_plain(x: Any) -> Any:

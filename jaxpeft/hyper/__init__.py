@@ -11,10 +11,8 @@ from jaxpeft.hyper.hypernetwork import (
     HYPERNETWORKS,
     Hypernetwork,
     TargetError,
-    load_hypernetwork,
     per_example,
     register_hypernetwork,
-    save_hypernetwork,
 )
 from jaxpeft.hyper.layers import (
     Place,
@@ -46,7 +44,6 @@ __all__ = [
     "emitting",
     "head",
     "head_start",
-    "load_hypernetwork",
     "mip",
     "mip_encode",
     "multi_loss",
@@ -55,7 +52,6 @@ __all__ = [
     "places",
     "register_hypernetwork",
     "sample_omega",
-    "save_hypernetwork",
     "self_tuning",
     "stn",
     "tleg",

@@ -8,40 +8,30 @@ What is emitted is a tree, never one flat vector: each tensor has a head, a star
 `vmap` over conditions gives many models at once. Leaves that are not floating point (counters, keys) are not emitted.
 """
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, Key, PyTree
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from jaxpeft import trees
-from jaxpeft.files import to_plain, write_atomically
 from jaxpeft.interpret import lift
 
 __all__ = [
     "HYPERNETWORKS",
     "Hypernetwork",
     "TargetError",
-    "load_hypernetwork",
     "per_example",
     "register_hypernetwork",
-    "save_hypernetwork",
     "split_target",
     "stacked_paths",
 ]
 
-CONFIG, ARRAYS = "hypernetwork.json", "hypernetwork.safetensors"
-
 
 class TargetError(ValueError):
-    """A specification that no weights can be emitted for, or a file of emitted weights that does not belong to it."""
+    """A specification that no weights can be emitted for, or saved weights that do not belong to it."""
 
 
 class Hypernetwork(NamedTuple):
@@ -142,48 +132,3 @@ def stacked_paths(spec: PyTree, stacked: trees.Pattern | None) -> set[str]:
       PatternError: nothing matches.
     """
     return set() if stacked is None else set(trees.matches(stacked, trees.by_path(spec), "parameter"))
-
-
-# ----------------------------------------------------------------------------------------------------------------- files
-
-
-def save_hypernetwork(folder: Path | str, hyper: Hypernetwork, weights: PyTree, **extra: Any) -> Path:
-    """Writes a hypernetwork's weights and configuration, each whole or not at all; `extra` is plain data beside them."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Made contiguous: safetensors 0.8.0 stores strided arrays wrongly.
-    arrays = {p: np.asarray(x, order="C") for p, x in trees.by_path(weights).items()}
-    config = {
-        "format": 1,
-        "name": hyper.name,
-        "config": to_plain(hyper.config),
-        "target": trees.fingerprint(hyper.target),
-        **extra,
-    }
-    write_atomically(folder / ARRAYS, lambda path: save_file(arrays, path))
-    write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
-    return folder
-
-
-def load_hypernetwork(folder: Path | str, hyper: Hypernetwork) -> PyTree:
-    """Reads the weights of a hypernetwork, made anew for its target, as `save_hypernetwork` wrote them.
-
-    Raises:
-      TargetError: no such folder, a truncated file, another method, configuration or target.
-    """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        arrays = load_file(folder / ARRAYS)
-    except (OSError, SafetensorError, ValueError) as e:
-        raise TargetError(f"{folder} cannot be read as a hypernetwork's folder ({e})") from e
-    own = {"name": hyper.name, "config": to_plain(hyper.config), "target": trees.fingerprint(hyper.target)}
-    for key, value in own.items():
-        if config.get(key) != value:
-            raise TargetError(f"{folder} holds a hypernetwork with {key} {config.get(key)}, this one has {value}")
-    like = jax.eval_shape(hyper.init, jax.random.key(0))
-    paths = trees.by_path(like)
-    wrong = [p for p, x in paths.items() if p not in arrays or arrays[p].shape != x.shape]
-    if wrong or set(arrays) - set(paths):
-        raise TargetError(f"{folder / ARRAYS} does not fit {CONFIG}: {(wrong or sorted(set(arrays) - set(paths)))[:3]}")
-    return trees.replace_leaves(like, {p: jnp.asarray(x) for p, x in arrays.items()})

@@ -27,8 +27,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxpeft import trees
+from jaxpeft.distillation import kl_loss
 from jaxpeft.hyper.hypernetwork import Hypernetwork, TargetError, as_spec, register_hypernetwork, split_target
-from jaxpeft.transfer.fantastic_gains import kl_loss
 
 __all__ = ["LAYERS", "depth_coefficients", "tleg", "tleg_expand", "tleg_fit", "tleg_kd_loss", "tleg_r2"]
 

@@ -1,6 +1,6 @@
 """Which model, which data, which knowledge to move, and what to do with a model where it lands."""
 
-from jaxpeft.transfer import fantastic_gains, robustify
+from jaxpeft.transfer import fantastic_gains, robustify, trans_lora
 from jaxpeft.transfer.lame import (
     Solution,
     affinity,
@@ -10,6 +10,7 @@ from jaxpeft.transfer.lame import (
     lame_stream,
     objective,
 )
+from jaxpeft.transfer.two_samples import mmd2, rbf
 
 __all__ = [
     "Solution",
@@ -19,6 +20,9 @@ __all__ = [
     "lame_batch",
     "lame_predict",
     "lame_stream",
+    "mmd2",
     "objective",
+    "rbf",
     "robustify",
+    "trans_lora",
 ]

@@ -26,6 +26,8 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxpeft.distillation import check_alike, kl_loss
+
 __all__ = [
     "Flips",
     "Transferred",
@@ -34,7 +36,6 @@ __all__ = [
     "ema_update",
     "flip_masks",
     "flips",
-    "kl_loss",
     "order_of",
     "sequential",
     "success_rate",
@@ -94,37 +95,13 @@ def flip_masks(
     Raises:
       ValueError: shapes that do not agree.
     """
-    _alike(z_s, z_t)
+    check_alike(z_s, z_t)
     y = _labels(y, z_s)
     s, t = (jnp.asarray(z).argmax(-1) == y for z in (z_s, z_t))
     return t & ~s, s & ~t, s == t
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
-
-
-def kl_loss(
-    z_s: Float[Array, "n C"], targets: Float[Array, "n C"], T: Any = 1.0, *, mask: Bool[Array, "n"] | None = None
-) -> Float[Array, ""]:
-    """L: with `dp_targets`' logits KL+DP's, with a teacher's plain distillation's. Its slope in z_s is T/n (p_s - p*).
-
-    Args:
-      z_s: the student's logits.
-      targets: logits; no gradient flows through.
-      T: temperature, over 0; may be traced.
-      mask: the mean is over these; 0 where there are none (flip baselines, padding).
-
-    Raises:
-      ValueError: shapes that do not agree.
-    """
-    _alike(z_s, targets)
-    z_s = jnp.asarray(z_s)
-    T = jnp.asarray(T, z_s.dtype)
-    log_s = jax.nn.log_softmax(z_s / T, -1)
-    log_t = jax.nn.log_softmax(lax.stop_gradient(jnp.asarray(targets).astype(z_s.dtype)) / T, -1)
-    # A class that the target rules out (-inf) adds nothing.
-    each = jnp.where(jnp.isneginf(log_t), 0, jnp.exp(log_t) * (log_t - log_s)).sum(-1)
-    return jnp.square(T) * _mean(each, mask)
 
 
 def xe_kl_loss(
@@ -151,7 +128,7 @@ def xe_kl_loss(
     Raises:
       ValueError: shapes that do not agree, or `topk` out of 1 to C.
     """
-    _alike(z_s, targets)
+    check_alike(z_s, targets)
     few_s, few_t = (z_s, targets) if topk is None else top_classes(targets, topk, z_s, targets)
     outputs = jax.nn.softmax(z_s, -1) if released else z_s
     log_p = jax.nn.log_softmax(outputs, -1)
@@ -319,11 +296,6 @@ def _labels(y: Any, z: Any) -> Array:
     return y
 
 
-def _alike(a: Any, b: Any) -> None:
-    if jnp.shape(a) != jnp.shape(b) or len(jnp.shape(a)) != 2:
-        raise ValueError(f"logits of shapes {jnp.shape(a)} and {jnp.shape(b)}: expected both (n, C)")
-
-
 def _equally_many(*arrays: Any) -> tuple[Array, ...]:
     shapes = {jnp.shape(x) for x in arrays}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1 or not next(iter(shapes))[0]:
@@ -333,10 +305,3 @@ def _equally_many(*arrays: Any) -> tuple[Array, ...]:
 
 def _percent(x: Any) -> Array:
     return 100 * x.astype(jnp.float32).mean()
-
-
-def _mean(each: Any, mask: Any) -> Array:
-    if mask is None:
-        return each.mean()
-    kept = jnp.asarray(mask).astype(each.dtype)
-    return jnp.where(kept > 0, each, 0).sum() / jnp.maximum(kept.sum(), 1)

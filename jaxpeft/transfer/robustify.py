@@ -33,7 +33,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxpeft import trees
-from jaxpeft.transfer.fantastic_gains import kl_loss
+from jaxpeft.distillation import kl_loss
 
 __all__ = [
     "CLEAN",

@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from jaxpeft import trees
-from jaxpeft.hyper import TargetError, load_hypernetwork, mip, mip_encode, save_hypernetwork
+from jaxpeft.files import load_hypernetwork, save_hypernetwork
+from jaxpeft.hyper import TargetError, mip, mip_encode
 
 pytestmark = pytest.mark.usefixtures("quick")
 SPEC = {

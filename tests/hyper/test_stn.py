@@ -12,13 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from jaxpeft import PatternError
+from jaxpeft.files import load_hypernetwork, save_hypernetwork
 from jaxpeft.hyper import (
     TargetError,
     cutout,
     dropout,
-    load_hypernetwork,
     per_example,
-    save_hypernetwork,
     self_tuning,
     stn,
 )

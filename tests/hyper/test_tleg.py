@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from jaxpeft import PatternError
+from jaxpeft.files import load_hypernetwork, save_hypernetwork
 from jaxpeft.hyper import (
     TargetError,
     depth_coefficients,
-    load_hypernetwork,
-    save_hypernetwork,
     tleg,
     tleg_expand,
     tleg_fit,

@@ -13,14 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from jaxpeft import PatternError
+from jaxpeft.files import load_hypernetwork, save_hypernetwork
 from jaxpeft.hyper import (
     TargetError,
     balanced,
-    load_hypernetwork,
     multi_loss,
     per_example,
     sample_omega,
-    save_hypernetwork,
     tunable_conv,
 )
 
