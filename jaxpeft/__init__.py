@@ -26,6 +26,7 @@ from jaxpeft.generated import generated, per_task
 from jaxpeft.hooks import Hook, from_nnx, on_hooks
 from jaxpeft.interpret import DenseError, DenseWarning, lift
 from jaxpeft.many import Many, SlotError, Slots, many
+from jaxpeft.merge.atlas_method import anisotropic_scaling
 from jaxpeft.method import (
     METHODS,
     Adapted,
@@ -69,6 +70,7 @@ __all__ = [
     "Study",
     "TaskError",
     "adapt",
+    "anisotropic_scaling",
     "bake",
     "bitfit",
     "chain",

@@ -188,7 +188,7 @@ def adapt(apply_fn: ApplyFn, method: Method, *, on_dense: Policy = "warn", backe
             mode = Mode(key, on_dense, backend, task=task)
             return method.wrap(apply_fn, delta, mode)(params, *inputs, **kwargs)
 
-        if jnp.ndim(task) == 0:
+        if task is None or jnp.ndim(task) == 0:
             return run(task, inputs, dropout_key)
 
         def one(task: Any, inputs: Any, key: Any) -> Any:
@@ -228,7 +228,7 @@ def bake(method: Method, delta: Delta, task: Any = None) -> tuple[Method, Delta]
       TaskError: a task that the delta has no part for, or none where it has several.
     """
     task = _checked_task(method, task)
-    if jnp.ndim(task):
+    if task is not None and jnp.ndim(task):
         raise TaskError(f"tasks of shape {jnp.shape(task)}: a delta is baked for one task, a number")
     return (method, delta) if method.bake is None else method.bake(delta, task)
 

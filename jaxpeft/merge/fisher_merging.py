@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxpeft import trees
 from jaxpeft.merge.registry import register_merge
-from jaxpeft.merge.stack import MergeInputError, Split, check_range, joined, split, widened
+from jaxpeft.merge.stack import MergeInputError, Split, check_range, joined, split, summed, widened
 
 __all__ = ["diagonal_fisher", "dirichlet_grid", "fisher_merging", "isotropic_merging", "pair_grid"]
 
@@ -189,9 +189,9 @@ def fisher_merging(
         # Divided by the largest, so that neither sum underflows and one model alone comes out as it went in.
         largest = w.max(0)
         w = w / jnp.where(largest > 0, largest, 1)
-        total = w.sum(0)
+        total = summed(w)
         # A model of weight zero has no say, not even by a NaN.
-        mean = jnp.where(w > 0, w * x, 0).sum(0) / jnp.where(largest > 0, total, 1)
+        mean = summed(jnp.where(w > 0, w * x, 0)) / jnp.where(largest > 0, total, 1)
         return jnp.where(largest > 0, mean, x[target])
 
     return joined(parts, jax.tree.map(leaf, parts.models, information))
@@ -247,7 +247,7 @@ def isotropic_merging(
 
     def mean(x: Array) -> Array:
         w = lam.astype(x.dtype)
-        return (w.reshape(-1, *(1,) * (x.ndim - 1)) * x).sum(0) / w.sum()
+        return summed(x, w) / w.sum()
 
     return joined(parts, jax.tree.map(mean, parts.models))
 

@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxpeft import trees
 from jaxpeft.merge.registry import register_merge
-from jaxpeft.merge.stack import from_base, joined, split, stacked, weighted_sum, widened
+from jaxpeft.merge.stack import from_base, joined, split, stacked, summed, weighted_sum, widened
 
 __all__ = [
     "Greedy",
@@ -78,7 +78,7 @@ def uniform_soup(base: Params | None, models: PyTree, *, exclude: trees.Pattern 
       [0.5, 0.5]
     """
     parts = split(base, models, exclude)
-    return joined(parts, jax.tree.map(lambda x: x.sum(0) / parts.size, parts.models))
+    return joined(parts, jax.tree.map(lambda x: summed(x) / parts.size, parts.models))
 
 
 @register_merge(paper="Wortsman et al., CVPR 2022", needs_base=True, hyper={"alpha": (0.0, 1.0)})
@@ -98,7 +98,7 @@ def wise_ft(base: Params, models: PyTree, *, alpha: Any = 0.5, exclude: trees.Pa
 
     def point(b: Array, x: Array) -> Array:
         a = jnp.asarray(alpha).astype(x.dtype)
-        return (1 - a) * widened(b).astype(x.dtype) + a * (x.sum(0) / parts.size)
+        return (1 - a) * widened(b).astype(x.dtype) + a * (summed(x) / parts.size)
 
     return joined(parts, jax.tree.map(point, parts.base, parts.models))
 

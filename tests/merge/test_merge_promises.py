@@ -54,6 +54,7 @@ def extra(name, n=T):
     have = {
         "fishers": jax.tree.map(lambda x: x[:n], like),
         "grams": jax.tree.map(lambda x: x[:n], grams),
+        "lam": jnp.linspace(0.2, 0.8, T)[:n],
         "score_fn": score_fn,
         "apply_fn": apply_fn,
         "batches": (jnp.asarray(X), jnp.asarray(Y)),
@@ -163,7 +164,7 @@ def test_the_order_of_models_does_not_matter_where_the_registry_says_so(case, cl
     more = {
         k: jax.tree.map(lambda x: x[jnp.array(order)], case.extra[k])
         for k in case.entry.needs
-        if k in ("fishers", "grams")
+        if k in ("fishers", "grams", "lam")
     }
     got = case.run(BASE, [MODELS[i] for i in order], **more)
     if case.entry.symmetric:
