@@ -14,6 +14,17 @@ from jaxpeft.hyper.hypernetwork import (
     per_example,
     register_hypernetwork,
 )
+from jaxpeft.hyper.kind import (
+    Partition,
+    kind,
+    kind_factorize,
+    kind_gate,
+    kind_join,
+    kind_mask,
+    kind_partition,
+    kind_select,
+    kind_transfer,
+)
 from jaxpeft.hyper.layers import (
     Place,
     emitting,
@@ -33,6 +44,7 @@ from jaxpeft.hyper.tunable_conv import balanced, multi_loss, sample_omega, tunab
 __all__ = [
     "HYPERNETWORKS",
     "Hypernetwork",
+    "Partition",
     "Place",
     "TargetError",
     "Tuner",
@@ -44,6 +56,14 @@ __all__ = [
     "emitting",
     "head",
     "head_start",
+    "kind",
+    "kind_factorize",
+    "kind_gate",
+    "kind_join",
+    "kind_mask",
+    "kind_partition",
+    "kind_select",
+    "kind_transfer",
     "mip",
     "mip_encode",
     "multi_loss",

@@ -8,7 +8,7 @@ What is emitted is a tree, never one flat vector: each tensor has a head, a star
 `vmap` over conditions gives many models at once. Leaves that are not floating point (counters, keys) are not emitted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,9 @@ __all__ = [
     "HYPERNETWORKS",
     "Hypernetwork",
     "TargetError",
+    "as_spec",
+    "bias_of",
+    "output_shape",
     "per_example",
     "register_hypernetwork",
     "split_target",
@@ -132,3 +135,15 @@ def stacked_paths(spec: PyTree, stacked: trees.Pattern | None) -> set[str]:
       PatternError: nothing matches.
     """
     return set() if stacked is None else set(trees.matches(stacked, trees.by_path(spec), "parameter"))
+
+
+def bias_of(path: str, flat: Mapping[str, Any]) -> str | None:
+    """The path of the bias beside a kernel, if there is one."""
+    bias = f"{path.rpartition('/')[0]}/bias".lstrip("/")
+    return bias if bias in flat else None
+
+
+def output_shape(path: str, flat: Mapping[str, Any], stacked: Container[str]) -> tuple[int, ...]:
+    """The output axes of a kernel: as many of its last ones as its module's bias has, else one."""
+    bias = bias_of(path, flat)
+    return flat[path].shape[-1:] if bias is None else flat[bias].shape[int(bias in stacked) :]

@@ -31,7 +31,15 @@ import optax
 from jaxtyping import Array, Float, Key, PyTree
 
 from jaxpeft import trees
-from jaxpeft.hyper.hypernetwork import Hypernetwork, TargetError, as_spec, per_example, stacked_paths
+from jaxpeft.hyper.hypernetwork import (
+    Hypernetwork,
+    TargetError,
+    as_spec,
+    bias_of,
+    output_shape,
+    per_example,
+    stacked_paths,
+)
 from jaxpeft.tune.hyperparameters import Specs, constrain, entropy, inverse_softplus, perturb, unconstrain
 from jaxpeft.weights.factored import Factor, Factored, Term, names
 
@@ -83,10 +91,10 @@ def stn(
     kernels = trees.matches(at, flat, "parameter")
     tables = [] if embeddings is None else trees.matches(embeddings, flat, "parameter")
     layers = stacked_paths(spec, stacked)
-    biases = {k: b for k in kernels if (b := f"{k.rpartition('/')[0]}/bias".lstrip("/")) in flat}
+    biases = {k: b for k in kernels if (b := bias_of(k, flat)) is not None}
     # The output axes of a response, which are those that its gates have.
-    outputs = {b: flat[b].shape[b in layers :] for b in biases.values()}
-    outputs |= {k: outputs[biases[k]] if k in biases else flat[k].shape[-1:] for k in kernels}
+    outputs = {k: output_shape(k, flat, layers) for k in kernels}
+    outputs |= {b: outputs[k] for k, b in biases.items()}
     outputs |= {t: flat[t].shape[-1:] for t in tables}
     for path in outputs:
         if not trees.is_learned(path, flat[path]):

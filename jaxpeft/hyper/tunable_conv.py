@@ -28,7 +28,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Key, PyTree
 
 from jaxpeft import trees
-from jaxpeft.hyper.hypernetwork import Hypernetwork, TargetError, as_spec, stacked_paths
+from jaxpeft.hyper.hypernetwork import Hypernetwork, TargetError, as_spec, bias_of, stacked_paths
 from jaxpeft.weights.factored import Factor, Factored, Term, names
 
 __all__ = ["balanced", "multi_loss", "sample_omega", "tunable_conv"]
@@ -88,7 +88,7 @@ def tunable_conv(
     spec = jax.eval_shape(init_fn, jax.random.key(0))
     flat = trees.by_path(spec)
     kernels = trees.matches(at, flat, "parameter")
-    biases = [b for k in kernels if (b := f"{_module(k)}/bias".lstrip("/")) in flat]
+    biases = [b for k in kernels if (b := bias_of(k, flat)) is not None]
     equal = [] if parameters is None else trees.matches(parameters, flat, "parameter")
     layers = stacked_paths(spec, stacked)
     tunable = dict.fromkeys([*kernels, *biases, *equal])
