@@ -83,7 +83,9 @@ def target(name: str, s: Setup) -> dict[str, Any]:
     if name == "rotations":
         parts = {k: rotated(p, i) for i, (k, p) in enumerate(parts.items())}
     few = {"train": s.examples, "validation": s.held, "test": s.tested}
-    return {k: study.images_of(x[: few[k]], y[: few[k]]) for k, (x, y) in parts.items()}
+    # At random: MNIST's splits are in the order of their classes.
+    rows = {k: np.random.default_rng(7).permutation(len(y))[: few[k]] for k, (_, y) in parts.items()}
+    return {k: study.images_of(x[rows[k]], y[rows[k]]) for k, (x, y) in parts.items()}
 
 
 def arms(problem: study.Problem, s: Setup) -> dict[str, study.Arm]:

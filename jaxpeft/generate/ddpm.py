@@ -186,12 +186,12 @@ def epsilon_loss(
     Args:
       predict: ε_θ.
       key: of the times, the noise and what is dropped.
-      condition, empty, drop: see `drop_labels`; `drop` 0 leaves the empty condition untrained. May be traced.
+      condition, empty, drop: see `drop_labels`; without `empty` nothing is dropped. `drop` may be traced.
     """
     times, noises, drops = jax.random.split(key, 3)
     t = jax.random.randint(times, x0.shape[:1], 0, schedule.times)
     noise = jax.random.normal(noises, x0.shape, x0.dtype)
-    c = drop_labels(drops, condition, empty, drop)
+    c = condition if empty is None else drop_labels(drops, condition, empty, drop)
     error = predict(q_sample(schedule, x0, t, noise), t, c) - noise
     return jnp.square(error.astype(jnp.float32)).reshape(x0.shape[0], -1).mean(1)
 

@@ -7,6 +7,7 @@
 Methods that adapt a frozen model through such networks stand in `jaxpeft.adapt`.
 """
 
+from jaxpeft.hyper.d2nwg import WeightDiffusion, d2nwg, d2nwg_schedule, weight_diffusion
 from jaxpeft.hyper.hypernetwork import (
     HYPERNETWORKS,
     Hypernetwork,
@@ -49,8 +50,11 @@ __all__ = [
     "TargetError",
     "Tuner",
     "Tuning",
+    "WeightDiffusion",
     "balanced",
     "cutout",
+    "d2nwg",
+    "d2nwg_schedule",
     "depth_coefficients",
     "dropout",
     "emitting",
@@ -82,5 +86,6 @@ __all__ = [
     "trunk",
     "trunk_start",
     "tunable_conv",
+    "weight_diffusion",
     "zeros",
 ]
