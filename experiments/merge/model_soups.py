@@ -3,7 +3,8 @@
     python experiments/merge/model_soups.py            all of it: ten to twelve minutes on one core (an estimate)
     python experiments/merge/model_soups.py --smoke    every part once in small; writes nothing unless --out is given
 
-Two benches, five pools of models each; a pool is a seed, with examples, a start (of clothes), recipes and orders of its own.
+Two benches, five pools of models each; a pool is a seed, with examples, recipes and orders of its own, and
+a start: of clothes the whole network, of digits the head.
 
     clothes   A perceptron (784-512-512) trained on 16,000 pictures of Fashion-MNIST in four turns, then 16 fine-tunings of all
               its weights on 400 upright ones: rates 10^U(-4, -2.8), decay 10^U(-4, -1), 60 to 240 steps of 64, label smoothing
@@ -19,12 +20,13 @@ Steps rise and fall by a warm-up and a cosine of AdamW's rate, clipped. Of a poo
     mean single, best single   of the models; the best by the held-out score
     uniform, greedy            soups; greedy takes what does not lower the score ("ge")
     learned, learned by leaf   mixtures taught on the first half of the held-out examples, their rate (0.05, 0.2) by the other
+                               half; of digits the latter alone
     WiSE-FT                    between the start and the best single model, eleven weights
     ensemble, greedy ensemble  of logits, at k and up to k times the cost
     start                      before fine-tuning
 
-The test is touched once a pool and arm. The figure, made afterwards, shows the test error in the plane of the first pool's
-start and the two models of clothes that are best on held-out pictures; nothing is chosen by it.
+The test is touched once a pool and arm. The figure shows the test error in the plane of the first pool's start and the
+two models of clothes that are best on held-out pictures; nothing is chosen by it.
 
 Stated before running, each to be reported as holding or not, by the mean of the paired differences over five pools (1 to 4
 are of the card, from three pools of a pilot; "best" is the best single model):
@@ -43,7 +45,7 @@ import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,6 +66,7 @@ from jaxpeft.merge import greedy_selection, learned_mixture, soup, stacked, unif
 from jaxpeft.models.vit import VisionTransformer
 
 CLASSES = 10
+LEARNED, BY_LEAF = "learned", "learned by leaf"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +209,7 @@ class Digits:
 
     def _probed(self, params: Any, train: Part, key: Any) -> Any:
         """A head drawn anew and trained on the features: the common start (LP-FT)."""
-        h = VisionTransformer(self.model.config).apply({"params": params["backbone"]}, train.x)[:, 0]
+        h = jnp.asarray(VisionTransformer(self.model.config).apply({"params": params["backbone"]}, train.x))[:, 0]
         optimiser = study.adam(0.06)(1e-2, self.s.probe_steps)
 
         def step(state: Any, _: Any) -> Any:
@@ -348,24 +351,26 @@ class Cooked(NamedTuple):
     more: dict[str, Any]
 
 
-def cooked(s: Setup, bench: Bench, models: Any, steps: int | None) -> Cooked:
-    """All arms, those that learn and WiSE-FT only where there are steps to learn in."""
+def cooked(s: Setup, bench: Bench, models: Any, steps: int, lessons: Sequence[str] = (), wise: bool = True) -> Cooked:
+    """All arms, of those that learn `lessons`; the start and what lies on the way from it where `wise`."""
     z = all_said(bench.apply, models, bench.held.x)
     found = greedily(bench.apply, models, bench.held)
     scores = np.asarray(found.scores)
     best = pick(models, int(scores.argmax()))
-    one = {"start": bench.start, "best single": best, "uniform": uniform_soup(None, models), "greedy": found.params}
+    one = {"best single": best, "uniform": uniform_soup(None, models), "greedy": found.params}
     more: dict[str, Any] = {"greedy": np.flatnonzero(found.chosen).tolist(), "best": int(scores.argmax())}
-    if steps is not None:
-        for name, per_leaf in (("learned", False), ("learned by leaf", True)):
-            one[name], more[name] = learned(s, bench, models, steps, per_leaf)
+    for name in lessons:
+        one[name], more[name] = learned(s, bench, models, steps, per_leaf=name == BY_LEAF)
+    if wise:
+        one["start"] = bench.start
         alphas = np.linspace(1, 0, s.weights, dtype=np.float32)  # of equals the nearest to the model
         alpha = alphas[int(np.argmax(on_the_way(bench.apply, bench.start, best, bench.held, alphas)))]
         one["WiSE-FT"], more["WiSE-FT"] = wise_ft(bench.start, [best], alpha=alpha), float(alpha)
     few = np.asarray(greedy_ensemble(z, bench.held.y))
     more["greedy ensemble"] = np.flatnonzero(few).tolist()
-    each = np.asarray(all_said(bench.apply, models, bench.test.x))
-    answers = dict(zip(one, np.asarray(all_said(bench.apply, stacked(list(one.values())), bench.test.x))))
+    every = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), models, stacked(list(one.values())))
+    z_test = np.asarray(all_said(bench.apply, every, bench.test.x))
+    each, answers = z_test[: len(scores)], dict(zip(one, z_test[len(scores) :]))
     answers |= {"ensemble": each.mean(0), "greedy ensemble": each[few].mean(0)}
     label = np.asarray(bench.test.y)
     accuracy = lambda z: {k: float((z[at].argmax(-1) == label[at]).mean()) for k, at in bench.spans.items()}
@@ -510,16 +515,16 @@ def main() -> None:
         models, hot = (
             fine_tuned(bench.apply, bench.start, bench.train, recipes(p, seed), p.batch) for p in (s.clothes, s.large)
         )
-        pools["clothes"].append(cooked(s, bench, models, s.learning_steps))
+        pools["clothes"].append(cooked(s, bench, models, s.learning_steps, (LEARNED, BY_LEAF)))
         every = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), models, hot)
-        pools["clothes, with large rates"].append(cooked(s, bench, every, None))
+        pools["clothes, with large rates"].append(cooked(s, bench, every, 0, wise=False))
         plane = plane or plane_of(s, bench, models, pools["clothes"][0].scores)
         print(f"clothes, pool {seed}: {pools['clothes'][-1].more}, {time.perf_counter() - began:.0f} s", flush=True)
     digits = Digits(s, keep)
     for seed in range(s.seeds):
         bench = digits.pool(seed)
         models = fine_tuned(bench.apply, bench.start, bench.train, recipes(s.digits, seed), s.digits.batch)
-        pools["digits"].append(cooked(s, bench, models, s.digits_learning_steps))
+        pools["digits"].append(cooked(s, bench, models, s.digits_learning_steps, (BY_LEAF,)))
         print(f"digits, pool {seed}: {pools['digits'][-1].more}, {time.perf_counter() - began:.0f} s", flush=True)
     rows = table(pools)
     assert plane is not None

@@ -3,10 +3,10 @@
     python experiments/transfer/fantastic_gains.py            all of it: eight to twelve minutes on one core (an estimate)
     python experiments/transfer/fantastic_gains.py --smoke    every part once in small; writes nothing unless --out is given
 
-Fashion-MNIST. Four classifiers, perceptrons of 8 and of 256-128 hidden units and CNNs of 8-16 and of 16-32 channels, are trained
-on the same 6000 pictures for 20 epochs of Adam, its rate falling to zero: they should have converged, which the control tells.
-In each of the 12 ordered pairs the student is then trained on those pictures for 3 epochs of 128 by SGD (momentum 0.9, decay 1e-4,
-constant rate) with logits of teacher and student copy that were made once:
+Fashion-MNIST. Four classifiers, perceptrons of 8 and of 256-128 hidden units and CNNs of 8-16 and of 16-32 channels, are
+trained on the same 6000 pictures for 20 epochs of Adam, its rate falling to zero: they should have converged, which the
+control tells. In each of the 12 ordered pairs the student is then trained on those pictures for 3 epochs of 128 by SGD
+(momentum 0.9, decay 1e-4, constant rate) with logits of teacher and student copy that were made once:
 
     XE          labels alone, the control: what any further training brings
     KL          distillation from the teacher on every example
@@ -19,8 +19,8 @@ constant rate) with logits of teacher and student copy that were made once:
 The reference's slow weights keep 0.6 of their start after 20 epochs (0.9999 in 5000 updates). Here they are updated at every
 step, with the tau that leaves 0.6 after the run's steps; its 100 of 1000 classes are all ten here. Each method has one rate
 out of three for all pairs, by the students' mean accuracy on 2000 validation pictures in one tuning seed with models of its
-own, where each student has one teacher, the next in the list (the last two methods use KL+DP's rate); then three seeds, each with pictures and models of its own, measured on 5000 test
-pictures, once each.
+own, where each student has one teacher, the next in the list (the last two methods use KL+DP's rate); then three seeds,
+each with pictures and models of its own, measured on 5000 test pictures, once each.
 
 Of a pair: rho_pos, the share of test pictures on which the teacher is right and the student, before, wrong; delta, the
 student's accuracy after less before, which is what it gained less what it lost. A teacher is weaker or stronger where its
@@ -141,6 +141,10 @@ def pictures(s: Setup, seed: int) -> dict[str, Part]:
 # ------------------------------------------------------------------------------------------------------------ programs
 
 
+def run(name: str, params: Any, image: Any) -> jax.Array:
+    return jnp.asarray(ZOO[name].apply(params, image))
+
+
 @partial(jax.jit, static_argnames=("name", "steps"))
 def trained(name: str, params: Any, part: Part, rows: Any, rate: Any, steps: int) -> Any:
     """A model of the zoo after its own training, and its losses."""
@@ -149,7 +153,7 @@ def trained(name: str, params: Any, part: Part, rows: Any, rate: Any, steps: int
     def step(state: Any, row: Any) -> Any:
         params, moments = state
         loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(
-            ZOO[name].apply(p, part.image[row]), part.label[row]
+            run(name, p, part.image[row]), part.label[row]
         ).mean()
         value, grads = jax.value_and_grad(loss)(params)
         updates, moments = optimiser.update(grads, moments, params)
@@ -161,7 +165,7 @@ def trained(name: str, params: Any, part: Part, rows: Any, rate: Any, steps: int
 
 @partial(jax.jit, static_argnames="name")
 def logits(name: str, params: Any, image: Any) -> Any:
-    return ZOO[name].apply(params, image)
+    return run(name, params, image)
 
 
 class Way(NamedTuple):
@@ -190,7 +194,7 @@ def taught(name: str, params: Any, part: Part, targets: Any, z_t: Any, rows: Any
         y = part.label[row]
 
         def loss(p: Any) -> Any:
-            z = ZOO[name].apply(p, part.image[row])
+            z = run(name, p, part.image[row])
             mask = ~(flip_masks(z, z_t[row], y)[1] & way.skip)
             return xe_kl_loss(z, targets[row], y, way.alpha, mask=mask)
 
@@ -222,21 +226,21 @@ class World:
         rows = study.rows_of(s.train, steps, s.batch, 10 * self.seed + number)
         start = jax.jit(ZOO[name].init)(jax.random.key(10 * self.seed + number), part.image[:1])
 
-        def run(params: Any) -> Any:
+        def fit(params: Any) -> Any:
             params, losses = trained(name, params, part, rows, s.rate, steps)
             print(f"{name}: loss {float(losses[0]):.3f} to {float(losses[-20:].mean()):.3f}", flush=True)
             return params
 
         what = {"net": repr(ZOO[name]), "steps": steps, "train": s.train, "batch": s.batch, "rate": s.rate}
-        return kept("gains", {**what, "seed": self.seed, "number": number}, start, run, keep)
+        return kept("gains", {**what, "seed": self.seed, "number": number}, start, fit, keep)
 
-    def said(self, name: str, split: str, params: Any = None) -> np.ndarray:
+    def said(self, name: str, split: str, params: Any = None) -> jax.Array:
         """(n,) predictions."""
         params = self.params[name] if params is None else params
-        return np.asarray(logits(name, params, self.parts[split].image).argmax(-1))
+        return logits(name, params, self.parts[split].image).argmax(-1)
 
     def accuracy(self, name: str, split: str, params: Any = None) -> float:
-        return float((self.said(name, split, params) == np.asarray(self.parts[split].label)).mean())
+        return float((self.said(name, split, params) == self.parts[split].label).mean())
 
     def transfer(self, student: str, teachers: Sequence[str], method: str, rate: float) -> Any:
         """The student's new parameters; all teachers are one for every method but KL+DP."""
@@ -353,9 +357,12 @@ def table(single: list[Pair], several: list[Pair], rates: dict[str, float]) -> l
             {
                 "method": method,
                 "rate": rates[DP if method in SEVERAL else method],
-                "mean": statistics.mean(each),
-                "std": statistics.stdev(each),
-                "delta": {"weaker": delta(weaker), "stronger": delta(stronger)},
+                "delta": {
+                    "mean": 100 * statistics.mean(each),
+                    "std": 100 * statistics.stdev(each),
+                    "weaker": delta(weaker),
+                    "stronger": delta(stronger),
+                },
                 "gained": mean_of([p.found[method]["gain"] for p in pairs]),
                 "lost": mean_of([p.found[method]["loss"] for p in pairs]),
                 "success": float(success_rate(jnp.asarray([p.found[method]["delta"] for p in pairs]))),
@@ -387,14 +394,19 @@ def claims(single: list[Pair], several: list[Pair], rows: list[dict[str, Any]]) 
     success = {r["method"]: r["success"] for r in rows}
     control = level(of(XE))
     free, free_half = study.difference(of(FREE), of(DP))
-    apart = lambda where: (of(DP, where), of(KL, where)) if any(map(where, single)) else (none, none)
+    # At the smallest size there may be no such pair.
+    pairs = {
+        where: [of(m, where) if any(map(where, single)) else none for m in (DP, KL)] for where in (weaker, stronger)
+    }
     return [
         record.claim(
             "rho_pos is at least 2 % in every pair of every seed",
             least.rho >= 2,
             f"least {least.rho:.2f} %: {least.student} from {least.teacher}; mean {mean_of([p.rho for p in single]):.2f} %",
         ),
-        study.at_least("From weaker teachers KL+DP is at least one point better than KL", *apart(weaker), 1),
+        study.at_least(
+            "From weaker teachers KL+DP is at least one point better than KL", pairs[weaker][0], pairs[weaker][1], 1
+        ),
         record.claim(
             "From weaker teachers delta is below zero with KL and not under -0.2 points with KL+DP",
             worse[KL][0] < 0 and worse[DP][0] >= -0.2,
@@ -405,7 +417,7 @@ def claims(single: list[Pair], several: list[Pair], rows: list[dict[str, Any]]) 
             success[DP] > success[KL],
             "; ".join(f"{m} {success[m]:.0f} %" for m in METHODS),
         ),
-        study.at_least("From stronger teachers KL is not behind KL+DP", *apart(stronger)[::-1]),
+        study.at_least("From stronger teachers KL is not behind KL+DP", pairs[stronger][1], pairs[stronger][0]),
         record.claim(
             "Students had converged: the control's mean delta is within 0.3 points of zero",
             abs(control[0]) <= 0.3,
