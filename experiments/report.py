@@ -94,6 +94,15 @@ SHARED = {
     "poly": "mhr",
     "border_prompt": "blackvip",
     "adapter_fusion": "scalearn",
+    "anisotropic_scaling": "atlas",
+    "isotropic_merging": "fisher-merging",
+    "uniform_soup": "model-soups",
+    "greedy_soup": "model-soups",
+    "learned_soup": "model-soups",
+    "wise_ft": "model-soups",
+    "task_arithmetic": "breadcrumbs",
+    "ties": "breadcrumbs",
+    "dare": "breadcrumbs",
 }
 """Methods that another paper's experiment replicates."""
 
@@ -126,6 +135,32 @@ def methods_block() -> str:
             f"{trained} |"
         )
     return "\n".join(lines)
+
+
+TRANSFER = {
+    "fantastic_gains": "Roth, Thede et al., ICLR 2024",
+    "lame": "Boudiaf et al., CVPR 2022",
+    "robustify": "after Jain et al., ICCV 2023",
+    "trans_lora": "Wang et al., NeurIPS 2024",
+}
+BESIDE = {"tune.memcontrol": "Dutt et al., WACV 2025"}
+"""Methods that are modules of functions, which no registry holds."""
+
+
+def others_block() -> str:
+    """The README's table of what is no adaptation of one model."""
+    from jaxpeft.hyper import HYPERNETWORKS
+    from jaxpeft.merge import MERGES
+
+    found = results()
+    rows = [("merge", name, e.paper) for name, e in sorted(MERGES.items())]
+    rows += [("hyper", name, e.paper) for name, e in sorted(HYPERNETWORKS.items())]
+    rows += [("transfer", name, paper) for name, paper in TRANSFER.items()]
+    rows += [(*name.split("."), paper) for name, paper in BESIDE.items()]
+    lines = ["| in | name | paper | claims that held in small |", "|---|---|---|---|"]
+    return "\n".join(
+        [*lines, *(f"| `jaxpeft.{room}` | `{n}` | {paper} | {held(found, n)} |" for room, n, paper in rows)]
+    )
 
 
 def costs_block(found: dict[str, dict[str, Any]]) -> str:
@@ -173,6 +208,7 @@ def pages() -> dict[Path, str]:
     found = results()
     readme = ROOT / "README.md"
     text = with_block(readme.read_text(), "methods", methods_block())
+    text = with_block(text, "others", others_block())
     text = with_block(text, "costs", costs_block(found))
     return {
         HERE / "README.md": experiments_page(found),

@@ -354,7 +354,7 @@ def weight_diffusion(
     )
 
 
-@register_hypernetwork
+@register_hypernetwork(paper="Soro et al., ICLR 2025")
 def d2nwg(spec: PyTree, features: tuple[int, int, int], **options: Any) -> Hypernetwork:
     """`weight_diffusion` as a hypernetwork: `apply(weights, (features (c, m, f), key))` returns parameters for that data set.
 

@@ -21,6 +21,7 @@ from jaxpeft.interpret import lift
 
 __all__ = [
     "HYPERNETWORKS",
+    "Entry",
     "Hypernetwork",
     "TargetError",
     "as_spec",
@@ -58,13 +59,32 @@ class Hypernetwork(NamedTuple):
     factored: Callable[..., PyTree] | None = None
 
 
-HYPERNETWORKS: dict[str, Callable[..., Hypernetwork]] = {}
+class Entry(NamedTuple):
+    """What the library knows of a hypernetwork.
+
+    Attributes:
+      factory: `(spec, ...)`, or `(init_fn, ...)` where a target's own start is a part of the method.
+      paper: authors, venue, year.
+      summary: one line.
+    """
+
+    factory: Callable[..., Hypernetwork]
+    paper: str
+    summary: str
 
 
-def register_hypernetwork(factory: Callable[..., Hypernetwork]) -> Callable[..., Hypernetwork]:
-    """Puts `factory(spec, ...)` into `HYPERNETWORKS` under its own name."""
-    HYPERNETWORKS[factory.__name__] = factory
-    return factory
+HYPERNETWORKS: dict[str, Entry] = {}
+
+
+def register_hypernetwork(*, paper: str) -> Callable[[Callable[..., Hypernetwork]], Callable[..., Hypernetwork]]:
+    """Puts a factory into `HYPERNETWORKS` under its own name; its summary is the first line of its docstring."""
+
+    def enter(factory: Callable[..., Hypernetwork]) -> Callable[..., Hypernetwork]:
+        summary = (factory.__doc__ or "").strip().splitlines()[0]
+        HYPERNETWORKS[factory.__name__] = Entry(factory, paper, summary)
+        return factory
+
+    return enter
 
 
 def per_example(apply_fn: Callable[..., Any], hyper: Hypernetwork) -> Callable[..., Any]:

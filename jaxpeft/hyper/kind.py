@@ -31,7 +31,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxpeft import trees
-from jaxpeft.hyper.hypernetwork import Hypernetwork, TargetError, as_spec, output_shape, stacked_paths
+from jaxpeft.hyper.hypernetwork import (
+    Hypernetwork,
+    TargetError,
+    as_spec,
+    output_shape,
+    register_hypernetwork,
+    stacked_paths,
+)
 from jaxpeft.weights.factored import Factor, Factored, Term, names
 
 __all__ = [
@@ -119,6 +126,7 @@ def kind_factorize(
     return {k: x.astype(w.dtype) for k, x in parts.items()}
 
 
+@register_hypernetwork(paper="Xie et al., ICML 2025")
 def kind(
     init_fn: Callable[[Key[Array, ""]], PyTree],
     rank: int,

@@ -158,7 +158,7 @@ def logah_network(
     )  # fmt: skip
 
 
-@register_hypernetwork
+@register_hypernetwork(paper="Zhou et al., ES-FoMo 2025")
 def logah(spec: PyTree, graph: Graph, network: GraphHyperNetwork | None = None, *, base: PyTree = None) -> Hypernetwork:
     """A graph hypernetwork's face for one target.
 

@@ -58,7 +58,7 @@ def mip_encode(gamma: Float[Array, "*batch D"], encoding: Encoding = "cos_sin") 
     raise ValueError(f"encoding {encoding!r}: expected 'cos_sin', 'complement' or 'none'")
 
 
-@register_hypernetwork
+@register_hypernetwork(paper="Gonzalez Ortiz et al., ICLR 2024")
 def mip(
     spec: PyTree,
     inputs: int | Mapping[str, int],

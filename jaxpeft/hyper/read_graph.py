@@ -110,6 +110,11 @@ def _kind(since: frozenset[str]) -> str | None:
     return "pool" if since & _POOLS else "mean" if "reduce_sum" in since else None
 
 
+def _is_activation(since: frozenset[str]) -> bool:
+    """Whether what has gathered is one for sure: it may still become a norm after squares, a softmax after exponentials."""
+    return _kind(since) == "activation" and "exp" not in since and bool(since & _NONLINEAR - {"square", "integer_pow"})
+
+
 class Drawing(NamedTuple):
     """Nodes in topological order: their types, the tensors they hold, which one each node is of (or -1), and the edges."""
 
@@ -262,6 +267,10 @@ class _Reader:
             return Act(self.node("other", {self.settled(x) for x in acts}))
         if name in _PRODUCTS and len(acts) > 1:
             return Act(self.node("product", {self.settled(x) for x in acts}))
+        if name.startswith("reduce_window"):
+            return Act(self.node("pool", {self.settled(x) for x in acts}))
+        if name == "reduce_sum" and _is_activation(acts[0].since):
+            acts = [Act(self.settled(acts[0]))]  # a mean of activations, neither a norm nor a softmax
         if len({x.node for x in acts}) == 1:
             return Act(acts[0].node, frozenset().union(*(x.since for x in acts), self.traces(e, acts)))
         nodes = {self.settled(x) for x in acts}

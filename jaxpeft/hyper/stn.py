@@ -38,6 +38,7 @@ from jaxpeft.hyper.hypernetwork import (
     bias_of,
     output_shape,
     per_example,
+    register_hypernetwork,
     stacked_paths,
 )
 from jaxpeft.tune.hyperparameters import Specs, constrain, entropy, inverse_softplus, perturb, unconstrain
@@ -52,6 +53,7 @@ EMBEDDINGS = 0.1  # their start is uniform within
 # ----------------------------------------------------------------------------------------------------------- the response
 
 
+@register_hypernetwork(paper="MacKay et al., ICLR 2019")
 def stn(
     init_fn: Callable[[Key[Array, ""]], PyTree],
     hyperparameters: int,

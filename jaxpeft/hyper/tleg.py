@@ -112,7 +112,7 @@ def tleg_r2(params: PyTree, gene: PyTree, *, at: trees.Pattern = LAYERS) -> dict
     return {p: one(p, jnp.asarray(x)) for p, x in trees.by_path(params).items() if trees.is_match(at, p)}
 
 
-@register_hypernetwork
+@register_hypernetwork(paper="Xia et al., AAAI 2024")
 def tleg(spec: PyTree, *, terms: int = 2, base: PyTree = None, at: trees.Pattern = LAYERS) -> Hypernetwork:
     """The auxiliary network as one whose weights are a gene: `apply(gene)` has the target's depth, `apply(gene, L)` any.
 

@@ -28,7 +28,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Key, PyTree
 
 from jaxpeft import trees
-from jaxpeft.hyper.hypernetwork import Hypernetwork, TargetError, as_spec, bias_of, stacked_paths
+from jaxpeft.hyper.hypernetwork import Hypernetwork, TargetError, as_spec, bias_of, register_hypernetwork, stacked_paths
 from jaxpeft.weights.factored import Factor, Factored, Term, names
 
 __all__ = ["balanced", "multi_loss", "sample_omega", "tunable_conv"]
@@ -38,6 +38,7 @@ Kind = Literal["simplex", "box", "vertices"]
 KERNELS = "**/kernel"
 
 
+@register_hypernetwork(paper="Maggioni et al., CVPR 2023")
 def tunable_conv(
     init_fn: Callable[[Key[Array, ""]], PyTree],
     *,
