@@ -38,7 +38,7 @@ from jaxpeft.hyper.layers import (
     zeros,
 )
 from jaxpeft.hyper.mip import mip, mip_encode
-from jaxpeft.hyper.stn import Tuner, Tuning, cutout, dropout, self_tuning, stn
+from jaxpeft.hyper.stn import Responding, Tuner, Tuning, cutout, dropout, self_tuning, stn
 from jaxpeft.hyper.tleg import depth_coefficients, tleg, tleg_expand, tleg_fit, tleg_kd_loss, tleg_r2
 from jaxpeft.hyper.tunable_conv import balanced, multi_loss, sample_omega, tunable_conv
 
@@ -47,6 +47,7 @@ __all__ = [
     "Hypernetwork",
     "Partition",
     "Place",
+    "Responding",
     "TargetError",
     "Tuner",
     "Tuning",

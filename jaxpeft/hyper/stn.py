@@ -44,7 +44,7 @@ from jaxpeft.hyper.hypernetwork import (
 from jaxpeft.tune.hyperparameters import Specs, constrain, entropy, inverse_softplus, perturb, unconstrain
 from jaxpeft.weights.factored import Factor, Factored, Term, names
 
-__all__ = ["Tuner", "Tuning", "cutout", "dropout", "self_tuning", "stn"]
+__all__ = ["Responding", "Tuner", "Tuning", "cutout", "dropout", "self_tuning", "stn"]
 
 GATE_STD = 0.01
 EMBEDDINGS = 0.1  # their start is uniform within
@@ -169,6 +169,18 @@ def _response(w: Array, s: Array, h: Array, gate: Array, outputs: int) -> Factor
 # ---------------------------------------------------------------------------------------------------------------- tuning
 
 
+class Responding(NamedTuple):
+    """The model at the hyperparameters of a batch, as the losses get it.
+
+    Attributes:
+      apply: `(*inputs) -> outputs`, each example with weights of its own.
+      params: `() -> params`, the weights of the first example, for penalties: what a batch shares is its.
+    """
+
+    apply: Callable[..., Any]
+    params: Callable[[], PyTree]
+
+
 class Tuning(NamedTuple):
     """The state of a run.
 
@@ -224,9 +236,9 @@ def self_tuning(
       apply_fn: the model, `(params, *inputs)`, examples on all leading axes.
       hyper: `stn` of it, for as many hyperparameters as `specs` has.
       specs: what is tuned; their order is λ's.
-      train_loss: `(apply, batch, values, key) -> scalar`: `apply(*inputs)` is the model with each example's weights, `values`
-        {name: (b,)} the regularisers' strengths, without a slope.
-      valid_loss: `(apply, batch) -> scalar`, without regularisers, dropout or augmentation.
+      train_loss: `(model, batch, values, key) -> scalar`: `model` is a `Responding`, `values` {name: (b,)} the regularisers'
+        strengths, without a slope.
+      valid_loss: `(model, batch) -> scalar`, without regularisers, dropout or augmentation.
       optimisers: of φ, λ and ξ. Reference: SGD of momentum 0.9 at 0.01; Adam at 3e-3 for both others.
       scale: softplus(ξ) at the start.
       tau: the entropy's weight; may be traced. In the reference 1e-5 to 1e-1.
@@ -253,8 +265,9 @@ def self_tuning(
         values = constrain(specs, noisy)
         return {name: values[..., i] for i, name in enumerate(specs)}
 
-    def model(weights: PyTree, noisy: Array) -> Callable[..., Any]:
-        return lambda *inputs: run(weights, noisy - origin, *inputs)
+    def model(weights: PyTree, noisy: Array) -> Responding:
+        apply = lambda *inputs: run(weights, noisy - origin, *inputs)
+        return Responding(apply, lambda: hyper.apply(weights, noisy[0] - origin))
 
     def train_step(state: Tuning, batch: Any, key: Key[Array, ""]) -> tuple[Tuning, Array]:
         noise, rest = jax.random.split(key)

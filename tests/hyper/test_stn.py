@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from jaxpeft import PatternError
 from jaxpeft.files import load_hypernetwork, save_hypernetwork
 from jaxpeft.hyper import (
+    Responding,
     TargetError,
     cutout,
     dropout,
@@ -21,7 +22,7 @@ from jaxpeft.hyper import (
     self_tuning,
     stn,
 )
-from jaxpeft.tune import Hyperparameter, constrain, entropy
+from jaxpeft.tune import Hyperparameter, constrain, entropy, perturb
 
 pytestmark = pytest.mark.usefixtures("quick")
 GOLDEN = load_file(Path(__file__).parents[2] / "third_party" / "stn" / "golden.safetensors")
@@ -230,15 +231,15 @@ SPECS = {"drop": Hyperparameter(0.2, 0.0, 0.9), "hole": Hyperparameter(2.5, 0.0,
 RULES = (optax.sgd(0.05, 0.9), optax.adam(0.03), optax.adam(0.03))
 
 
-def train_loss(apply, batch, values, key):
+def train_loss(model, batch, values, key):
     images, labels = batch
     first, second = jax.random.split(key)
-    logits = apply(dropout(first, cutout(second, images, values["hole"]), values["drop"]))
+    logits = model.apply(dropout(first, cutout(second, images, values["hole"]), values["drop"]))
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def valid_loss(apply, batch):
-    return optax.softmax_cross_entropy_with_integer_labels(apply(batch[0]), batch[1]).mean()
+def valid_loss(model, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(model.apply(batch[0]), batch[1]).mean()
 
 
 def tuner(**more):
@@ -299,7 +300,7 @@ def test_without_tuned_scales_the_noise_stays_and_validation_has_none(key):
     _, other = t.valid_step(state, BATCH, jax.random.fold_in(key, 1))
     assert float(one) == float(other)
     np.testing.assert_array_equal(a.xi, state.xi)
-    plain = valid_loss(lambda x: Net().apply(t.params(state), x), BATCH)
+    plain = valid_loss(Responding(lambda x: Net().apply(t.params(state), x), None), BATCH)
     np.testing.assert_allclose(one, plain, rtol=1e-5)
 
 
@@ -332,6 +333,24 @@ def test_centred_responses_are_the_elementary_network_at_the_start(key):
     state = t.init(key)
     np.testing.assert_allclose(
         t.params(state)["params"]["out"]["kernel"], state.weights["elementary"]["params/out/kernel"], atol=1e-7
+    )
+
+
+def test_a_penalty_is_of_the_first_examples_weights_and_trains_the_response(key):
+    specs = {"penalty": Hyperparameter(0.5, low=0.0, shared=True)}
+    hyper = stn(start, 1)
+    penalty = lambda m, b, values, k: (
+        values["penalty"][0] * sum(jnp.square(w).sum() for w in jax.tree.leaves(m.params()))
+    )
+    t = self_tuning(Net().apply, hyper, specs, train_loss=penalty, valid_loss=valid_loss, optimisers=RULES)
+    state = t.init(key)
+    after, loss = t.train_step(state, BATCH, key)
+    u = perturb(jax.random.split(key)[0], specs, state.lam, state.xi, 5)
+    own = sum(jnp.square(w).sum() for w in jax.tree.leaves(hyper.apply(state.weights, u[0])))
+    np.testing.assert_allclose(loss, constrain(specs, u)[0, 0] * own, rtol=1e-5)
+    assert (
+        float(jnp.abs(after.weights["gates"]["params/out/kernel"] - state.weights["gates"]["params/out/kernel"]).max())
+        > 0
     )
 
 
