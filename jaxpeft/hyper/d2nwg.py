@@ -173,6 +173,8 @@ class Denoiser(nn.Module):
         self, z: Float[Array, "b z"], t: Float[Array, "b"], condition: Float[Array, "b e"]
     ) -> Float[Array, "b z"]:
         time = nn.Dense(self.width, name="time")(sinusoids(t, self.frequencies))
+        # Set encoders have no norm of their own, and alignment lets embeddings grow.
+        condition = nn.LayerNorm(use_scale=False, use_bias=False)(condition)
         both = nn.silu(time + nn.Dense(self.width, name="condition")(condition))
         x = nn.Dense(self.width, name="in")(z)
         for i in range(self.depth):
