@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from jaxpeft.files import load_hypernetwork, save_hypernetwork
 from jaxpeft.generate import ddpm, q_sample
 from jaxpeft.hyper import TargetError, d2nwg, d2nwg_schedule, weight_diffusion
 from jaxpeft.hyper.d2nwg import Denoiser, SampleEncoder, VectorVae, align_loss, flat, kl_to_normal, vae_loss
@@ -227,19 +226,11 @@ def test_losses_move_only_their_own_stage(stages, key):
     assert moved(lambda p: stages.diffusion_loss(p, w, None, key)) == {"denoiser"}
 
 
-def test_as_a_hypernetwork_it_gives_the_targets_tree_under_jit_and_vmap(tmp_path, key):
-    options = dict(latent=4, times=32, encoder=SampleEncoder(2, 3, 4), denoiser=Denoiser(8, 1, 4))
-    hyper = d2nwg(SPEC, (2, 3, 5), **options)
+def test_several_keys_give_several_networks_for_one_data_set(key):
+    hyper = d2nwg(SPEC, (2, 3, 5), latent=4, times=32, encoder=SampleEncoder(2, 3, 4), denoiser=Denoiser(8, 1, 4))
     weights, x = hyper.init(key), jnp.ones((2, 3, 5))
-    made = jax.jit(hyper.apply)(weights, (x, key))
-    assert jax.tree.map(jnp.shape, made) == {"kernel": (4, 3), "bias": (3,)}
     several = jax.vmap(lambda k: hyper.apply(weights, (x, k)))(jax.random.split(key, 3))
     assert float(several["kernel"].std(0).max()) > 0
-    grads = jax.grad(lambda p: hyper.apply(p, (x, key))["kernel"].sum())(weights)
-    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
-    back = load_hypernetwork(save_hypernetwork(tmp_path, hyper, weights), hyper)
-    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(weights)):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_bad_input_is_named(key):

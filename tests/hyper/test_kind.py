@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpeft import PatternError, mask_updates, trees
-from jaxpeft.files import load_hypernetwork, save_hypernetwork
 from jaxpeft.hyper import (
     Partition,
     TargetError,
@@ -244,13 +243,6 @@ def test_examples_are_sharded_with_their_gates(made, mesh, key):
     run = jax.jit(per_example(Net().apply, hyper))
     spread = run(weights, jax.device_put(gates, rows), jax.device_put(x, rows))
     np.testing.assert_allclose(spread, run(weights, gates, x), atol=1e-5)
-
-
-def test_weights_are_saved_and_loaded(made, tmp_path):
-    hyper, weights = made
-    back = load_hypernetwork(save_hypernetwork(tmp_path, hyper, weights), hyper)
-    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(weights)):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_bad_input_is_named(made, key):

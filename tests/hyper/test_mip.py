@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from jaxpeft import trees
-from jaxpeft.files import load_hypernetwork, save_hypernetwork
 from jaxpeft.hyper import TargetError, mip, mip_encode
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -257,26 +256,7 @@ def test_low_precision_targets_are_rounded_once(key):
     np.testing.assert_array_equal(made, wide.apply(weights, jnp.array([0.4]))["kernel"].astype(jnp.bfloat16))
 
 
-# ------------------------------------------------------------------------------------------------------- files, bad input
-
-
-def test_saved_weights_come_back_for_the_same_target_alone(tmp_path, key):
-    hyper = mip(SPEC, inputs=2)
-    weights = hyper.init(key)
-    back = load_hypernetwork(save_hypernetwork(tmp_path / "h", hyper, weights), hyper)
-    assert jax.tree.structure(back) == jax.tree.structure(weights)
-    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(weights)):
-        np.testing.assert_array_equal(a, b)
-    with pytest.raises(TargetError, match="config"):
-        load_hypernetwork(tmp_path / "h", mip(SPEC, inputs=3))
-    with pytest.raises(TargetError, match="target"):
-        load_hypernetwork(tmp_path / "h", mip({"kernel": SPEC["kernel"]}, inputs=2))
-    with pytest.raises(TargetError, match="cannot be read"):
-        load_hypernetwork(tmp_path / "nowhere", hyper)
-    whole = (tmp_path / "h" / "hypernetwork.safetensors").read_bytes()
-    (tmp_path / "h" / "hypernetwork.safetensors").write_bytes(whole[:-10])
-    with pytest.raises(TargetError, match="cannot be read"):
-        load_hypernetwork(tmp_path / "h", hyper)
+# ------------------------------------------------------------------------------------------------------- bad input
 
 
 def test_bad_input_is_named():

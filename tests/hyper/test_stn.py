@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from jaxpeft import PatternError
-from jaxpeft.files import load_hypernetwork, save_hypernetwork
 from jaxpeft.hyper import (
     Responding,
     TargetError,
@@ -43,14 +42,8 @@ def start(key):
     return Net().init(key, X[:1])
 
 
-def moved(weights, by=0.3):
-    flat, structure = jax.tree.flatten(weights)
-    keys = jax.random.split(jax.random.key(3), len(flat))
-    return jax.tree.unflatten(structure, [w + by * jax.random.normal(k, w.shape) for w, k in zip(flat, keys)])
-
-
 @pytest.fixture(scope="module")
-def made():
+def made(moved):
     hyper = stn(start, 2)
     return hyper, moved(hyper.init(jax.random.key(0)))
 
@@ -104,7 +97,7 @@ def test_a_mixed_batch_costs_two_products_a_layer(key):
     assert flops(per_example(dense.apply, hyper), weights, u, x) < 2.3 * plain
 
 
-def test_tables_and_recurrent_layers_respond_too(key):
+def test_tables_and_recurrent_layers_respond_too(key, moved):
     class Reader(nn.Module):
         @nn.compact
         def __call__(self, ids):
@@ -124,7 +117,7 @@ def test_tables_and_recurrent_layers_respond_too(key):
     np.testing.assert_allclose(whole, each, atol=1e-5)
 
 
-def test_scanned_layers_have_gates_of_their_own(key):
+def test_scanned_layers_have_gates_of_their_own(key, moved):
     class Scanned(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -275,7 +268,7 @@ def test_the_training_loss_has_no_slope_in_the_hyperparameters(key):
     np.testing.assert_array_equal(slope, 0)
 
 
-def test_noise_shrinks_without_entropy_and_grows_with_much_of_it(key):
+def test_noise_shrinks_without_entropy_and_grows_with_much_of_it(key, moved):
     # One linear layer: the loss is convex in λ, so that noise can only cost.
     dense, batch = nn.Dense(3), (jax.random.normal(key, (64, 6)), jnp.arange(64) % 3)
     hyper = stn(lambda k: dense.init(k, batch[0]), 2)
@@ -385,14 +378,7 @@ def test_holes_have_each_images_size_and_number(key):
     assert ((several == 0).sum((1, 2, 3)) > 9).all()
 
 
-# ------------------------------------------------------------------------------------------------------- files, bad input
-
-
-def test_weights_are_saved_and_loaded(made, tmp_path):
-    hyper, weights = made
-    back = load_hypernetwork(save_hypernetwork(tmp_path, hyper, weights), hyper)
-    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(weights)):
-        np.testing.assert_array_equal(a, b)
+# ------------------------------------------------------------------------------------------------------- bad input
 
 
 def test_bad_input_is_named(made):

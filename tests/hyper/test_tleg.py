@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from jaxpeft import PatternError
-from jaxpeft.files import load_hypernetwork, save_hypernetwork
 from jaxpeft.hyper import (
     TargetError,
     depth_coefficients,
@@ -187,13 +186,6 @@ def test_it_runs_under_jit_vmap_and_grad(made, key):
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
     two = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), gene)
     np.testing.assert_allclose(jax.vmap(loss)(two)[0], loss(gene), rtol=1e-4)
-
-
-def test_a_gene_is_saved_and_loaded(made, tmp_path):
-    hyper, gene = made
-    back = load_hypernetwork(save_hypernetwork(tmp_path, hyper, gene), hyper)
-    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(gene)):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_a_base_gives_what_stands_outside_of_the_layers(key):

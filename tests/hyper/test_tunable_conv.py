@@ -13,7 +13,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from jaxpeft import PatternError
-from jaxpeft.files import load_hypernetwork, save_hypernetwork
 from jaxpeft.hyper import (
     TargetError,
     balanced,
@@ -45,15 +44,8 @@ def start(key):
     return Net().init(key, X[:1])
 
 
-def moved(weights, seed=3, by=0.3):
-    """The same weights, away from their start."""
-    flat, structure = jax.tree.flatten(weights)
-    keys = jax.random.split(jax.random.key(seed), len(flat))
-    return jax.tree.unflatten(structure, [w + by * jax.random.normal(k, w.shape) for w, k in zip(flat, keys)])
-
-
 @pytest.fixture(scope="module", params=["mlp", "linear"])
-def made(request):
+def made(request, moved):
     hyper = tunable_conv(start, mode=request.param, parameters="**/beta")
     return hyper, moved(hyper.init(jax.random.key(0)))
 
@@ -72,7 +64,7 @@ def test_at_the_start_a_vertex_is_the_model_as_initialised(mode, key):
 
 
 @given(st.floats(-1, 2, width=32), st.floats(-1, 2, width=32))
-def test_the_kernels_are_affine_in_omega(a, b):
+def test_the_kernels_are_affine_in_omega(a, b, moved):
     hyper = tunable_conv(start)
     weights = moved(hyper.init(jax.random.key(0)))
     kernel = lambda *omega: hyper.apply(weights, jnp.array(omega))["params"]["first"]["kernel"]
@@ -80,7 +72,7 @@ def test_the_kernels_are_affine_in_omega(a, b):
     np.testing.assert_allclose(kernel(a, b), mixed, atol=1e-4)
 
 
-def test_a_linear_mixture_of_kernels_is_the_mixture_of_their_outputs(key):
+def test_a_linear_mixture_of_kernels_is_the_mixture_of_their_outputs(key, moved):
     conv = nn.Conv(3, (3, 3))
     hyper = tunable_conv(lambda k: conv.init(k, X[:1]), objectives=3, mode="linear")
     weights, omega = moved(hyper.init(key)), jnp.array([0.2, 0.5, -0.4])
@@ -154,7 +146,7 @@ def test_expanded_kernels_start_as_the_mean_of_each_objectives(key):
     np.testing.assert_allclose(made, bank[3:].mean(0), atol=1e-6)
 
 
-def test_layers_of_a_scanned_model_have_an_alpha_each(key):
+def test_layers_of_a_scanned_model_have_an_alpha_each(key, moved):
     class Scanned(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -292,14 +284,7 @@ def test_a_free_parameter_equals_the_ports(mode):
     np.testing.assert_allclose(made, g["y"], atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------- files, bad input
-
-
-def test_weights_are_saved_and_loaded(made, tmp_path):
-    hyper, weights = made
-    back = load_hypernetwork(save_hypernetwork(tmp_path, hyper, weights), hyper)
-    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(weights)):
-        np.testing.assert_array_equal(a, b)
+# ------------------------------------------------------------------------------------------------------- bad input
 
 
 def test_bad_input_is_named(made):
