@@ -47,7 +47,6 @@ import study
 from jaxpeft import adapt, chain, full, generate, lora, trees
 from jaxpeft.hyper import kind, kind_gate, kind_join, kind_partition, kind_select, kind_transfer, per_example
 from jaxpeft.models import Dit, DitConfig
-from jaxpeft.tune.memcontrol import frechet
 
 KERNELS = "**/layers*/**/{query,key,value,out,up,down}/kernel"
 LABEL = "**/label/embedding"
@@ -243,7 +242,7 @@ class Bench:
         """The Fréchet distance to `real`, and the share of samples that are taken for what they should be."""
         labels = jnp.repeat(jnp.asarray(list(classes)), self.s.samples)
         logits, features = self.read(self._sampled[name](weights, frozen, labels, key))  # type: ignore[misc]
-        return float(frechet(self.read(real)[1], features)), float((logits.argmax(-1) == labels).mean())  # type: ignore[index]
+        return float(generate.frechet(self.read(real)[1], features)), float((logits.argmax(-1) == labels).mean())  # type: ignore[index]
 
     def adapted(self, name: str, made: Any, rate: float, seed: int, key: Any) -> list[tuple[Any, Any]]:
         """[(weights, frozen)] after each number of steps; a longer run goes on as the shorter one."""

@@ -255,20 +255,20 @@ def runner(
             steps=s.sampling_steps,
             clip=1.0,
         )
-        near = lambda x: mc.nearest_distance(x, data[0], "euclidean").mean()
+        near = lambda x: generate.nearest_distance(x, data[0], "euclidean").mean()
         own = made.reshape(EMPTY, s.samples, 8, 8, 1)
-        memorised, first = jax.vmap(lambda x: mc.extraction(x, threshold))(own)
+        memorised, first = jax.vmap(lambda x: generate.extraction(x, threshold))(own)
         shown = own[jnp.arange(EMPTY), first]
-        like = (mc.tile_distance(shown, data[0]) < threshold) & (data[1] == jnp.arange(EMPTY)[:, None])
-        copied = (mc.tile_distance(made, data[0]) < threshold) & (data[1] == labels[:, None])
+        like = (generate.tile_distance(shown, data[0]) < threshold) & (data[1] == jnp.arange(EMPTY)[:, None])
+        copied = (generate.tile_distance(made, data[0]) < threshold) & (data[1] == labels[:, None])
         return {
             "mem": mem,
-            "fd": mc.frechet(features(reference), features(made), 1e-4),
+            "fd": generate.frechet(features(reference), features(made), 1e-4),
             "ratio": near(made) / near(reference),
             "memorised": memorised.sum(),
             "extracted": (memorised & like.any(1)).sum(),
             "copied": copied.any(1).mean(),
-            "amd": mc.nearest_distance(features(made), features(data[0])).mean(),
+            "amd": generate.nearest_distance(features(made), features(data[0])).mean(),
             "loss": losses[-20:].mean(),
         }
 
@@ -332,7 +332,7 @@ def main() -> None:
     digits = digits_of(s)
     features, accuracy = features_of(s, digits)
     x, y = digits.search
-    apart = jnp.where(y[:, None] == digits.train[1], mc.tile_distance(x, digits.train[0]), jnp.inf).min(1)
+    apart = jnp.where(y[:, None] == digits.train[1], generate.tile_distance(x, digits.train[0]), jnp.inf).min(1)
     threshold = jnp.quantile(apart, 0.01)
     print(f"features: {accuracy:.3f} of the search's digits right; alike is under {float(threshold):.3f}", flush=True)
     low_rank = chain(

@@ -15,6 +15,7 @@ from jaxpeft.generate.ddpm import (
     q_sample,
     schedule,
 )
+from jaxpeft.generate.quality import extraction, frechet, mifid, nearest_distance, tile_distance
 
 __all__ = [
     "Schedule",
@@ -23,11 +24,16 @@ __all__ = [
     "ddpm",
     "drop_labels",
     "epsilon_loss",
+    "extraction",
+    "frechet",
     "guided",
     "linear",
+    "mifid",
+    "nearest_distance",
     "posterior",
     "predict_noise",
     "predict_start",
     "q_sample",
     "schedule",
+    "tile_distance",
 ]

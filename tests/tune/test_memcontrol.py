@@ -192,13 +192,16 @@ def test_everything_works_under_strict_promotion(case, key):
                 assert drawn.dtype == images.dtype
             jax.eval_shape(lambda x: generate.epsilon_loss(predict, s, key, x, c, 0, 0.1), images)
             jax.eval_shape(
-                lambda x: (mc.extraction(x, 0.5), mc.nearest_distance(x, x), mc.nearest_distance(x, x, "euclidean")),
+                lambda x: (
+                    generate.extraction(x, 0.5),
+                    *(generate.nearest_distance(x, x, m) for m in ("cosine", "euclidean")),
+                ),
                 images,
             )
         jax.eval_shape(
             lambda x: (
-                mc.frechet(x, x, 0.1),
-                mc.mifid(jnp.float32(1), x, x),
+                generate.frechet(x, x, 0.1),
+                generate.mifid(jnp.float32(1), x, x),
                 mc.hypervolume(x, x[0]),
                 mc.pareto_filter(x),
                 mc.select(x, 1.0),
@@ -342,26 +345,29 @@ def test_a_masked_model_draws_what_its_base_draws(key):
 
 def test_frechet_is_torchmetrics_and_the_closed_forms(key, close):
     real, made = (jnp.asarray(GOLDEN[k]) for k in ("real", "made"))
-    assert float(mc.frechet(real, made)) == pytest.approx(float(GOLDEN["fid"][0]), rel=1e-4)
-    assert float(mc.mifid(mc.frechet(real, made), real, made)) == pytest.approx(float(GOLDEN["mifid"][0]), rel=1e-3)
+    assert float(generate.frechet(real, made)) == pytest.approx(float(GOLDEN["fid"][0]), rel=1e-4)
+    assert float(generate.mifid(generate.frechet(real, made), real, made)) == pytest.approx(
+        float(GOLDEN["mifid"][0]), rel=1e-3
+    )
     near = made[:25]
-    fd = mc.frechet(real, near)
-    assert float(mc.mifid(fd, real, near)) == pytest.approx(float(GOLDEN["mifid_near"][0]), rel=1e-3)
-    assert float(mc.mifid(fd, near, real)) > 10 * float(mc.mifid(fd, real, near)), "it was made of training features"
-    assert abs(float(mc.frechet(real, real))) < 1e-3  # of a trace of about 60
+    fd = generate.frechet(real, near)
+    assert float(generate.mifid(fd, real, near)) == pytest.approx(float(GOLDEN["mifid_near"][0]), rel=1e-3)
+    # It was made of training features.
+    assert float(generate.mifid(fd, near, real)) > 10 * float(generate.mifid(fd, real, near))
+    assert abs(float(generate.frechet(real, real))) < 1e-3  # of a trace of about 60
     shift = jnp.arange(6.0)
-    assert float(mc.frechet(real, real + shift)) == pytest.approx(55, rel=1e-4)
+    assert float(generate.frechet(real, real + shift)) == pytest.approx(55, rel=1e-4)
     a, b = 3 + 2 * jax.random.normal(key, (50, 1)), jax.random.normal(key, (40, 1))
     want = (a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2
-    assert float(mc.frechet(a, b)) == pytest.approx(float(want), rel=1e-4)
-    assert float(mc.frechet(real, made)) == pytest.approx(float(mc.frechet(made, real)), rel=1e-4)
+    assert float(generate.frechet(a, b)) == pytest.approx(float(want), rel=1e-4)
+    assert float(generate.frechet(real, made)) == pytest.approx(float(generate.frechet(made, real)), rel=1e-4)
     few = made[:3]
-    assert np.isfinite(float(mc.frechet(real, few, ridge=1e-3)))
+    assert np.isfinite(float(generate.frechet(real, few, ridge=1e-3)))
     cov = lambda x: np.cov(np.asarray(x, np.float64).T) + 0.1 * np.eye(6)
     root = scipy.linalg.sqrtm(cov(real) @ cov(few)).real
     gap = np.square(np.asarray(real.mean(0) - few.mean(0), np.float64)).sum()
     want = gap + np.trace(cov(real) + cov(few) - 2 * root)
-    assert float(mc.frechet(real, few, ridge=0.1)) == pytest.approx(want, rel=1e-4)
+    assert float(generate.frechet(real, few, ridge=0.1)) == pytest.approx(want, rel=1e-4)
 
 
 def test_distances_to_the_nearest(key):
@@ -369,13 +375,13 @@ def test_distances_to_the_nearest(key):
     train = train.at[3].set(2 * made[1]).at[4].set(made[5])
     a, b = (np.asarray(x, np.float64).reshape(7, 4) for x in (made, train))
     want = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1)).min(1)
-    got = mc.nearest_distance(made, train, "euclidean")
+    got = generate.nearest_distance(made, train, "euclidean")
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert float(got[5]) == 0
     cosine = (a @ b.T) / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)
-    np.testing.assert_allclose(mc.nearest_distance(made, train), 1 - cosine.max(1), atol=1e-5)
+    np.testing.assert_allclose(generate.nearest_distance(made, train), 1 - cosine.max(1), atol=1e-5)
     with pytest.raises(ValueError, match="metric 'l1'"):
-        mc.nearest_distance(made, train, "l1")
+        generate.nearest_distance(made, train, "l1")
 
 
 def brute_attack(images, threshold, smallest, tiles):
@@ -402,7 +408,7 @@ def brute_attack(images, threshold, smallest, tiles):
 
 
 def test_the_extraction_attack_is_the_reference_codes():
-    attack = jax.jit(jax.vmap(lambda x: mc.extraction(x, 1.6)))
+    attack = jax.jit(jax.vmap(lambda x: generate.extraction(x, 1.6)))
     memorised, first = attack(jnp.asarray(GOLDEN["images"]))
     assert jnp.where(memorised, first, -1).tolist() == GOLDEN["attack"].tolist()
     for images, want in zip(GOLDEN["images"], GOLDEN["attack"]):
@@ -410,13 +416,15 @@ def test_the_extraction_attack_is_the_reference_codes():
     rng = np.random.default_rng(1)
     for smallest in (2, 3, 4):
         images = rng.normal(size=(30, 5, 4, 4, 1)).astype(np.float32) * 0.45
-        memorised, first = jax.vmap(lambda x: mc.extraction(x, 1.3, tiles=2, smallest=smallest))(jnp.asarray(images))
+        memorised, first = jax.vmap(lambda x: generate.extraction(x, 1.3, tiles=2, smallest=smallest))(
+            jnp.asarray(images)
+        )
         want = [brute_attack(x, 1.3, smallest, 2) for x in images]
         assert jnp.where(memorised, first, -1).tolist() == want
         assert -1 in want
         assert max(want) >= 0
     with pytest.raises(ValueError, match="8 x 8 do not divide into 3 x 3"):
-        mc.tile_distance(jnp.asarray(GOLDEN["images"][0]), jnp.asarray(GOLDEN["images"][0]), 3)
+        generate.tile_distance(jnp.asarray(GOLDEN["images"][0]), jnp.asarray(GOLDEN["images"][0]), 3)
 
 
 # --------------------------------------------------------------------------------------------------------- the front
