@@ -13,7 +13,7 @@ parameters; both make vectors by a perceptron. Three seeds of each.
 Evaluation is on depth 4, width 96 and 128: the predicted weights, or random ones (LeCun), are trained by Adam for 300 steps of
 32 images; the rate of each start is chosen out of four by validation of one tuning seed, then five seeds (orders of the
 examples; seed i takes the network of seed i mod 3). Test accuracy after 0, 30, 100 and 300 steps. The same at width 96 on
-Fashion-MNIST shrunk to 8 x 8, 2000 images to train on, with the networks trained on digits.
+Fashion-MNIST shrunk to 8 x 8, as many images to train on as there are digits, with the networks trained on digits.
 
 Besides, from shapes alone: the decoders' parameters, where nothing tiles, for GPT-2 large and ViT-L; and a GPT-2 large (774
 million parameters) that a LoGAH-tiny as it starts really writes, leaf by leaf, as sharded safetensors.
@@ -79,17 +79,17 @@ class Setup:
     unseen_depth: int = 4
     steps: int = 300
     marks: tuple[int, ...] = (0, 30, 100, 300)
+    chunk: int = 10  # of steps, which the marks are multiples of
     batch: int = 32
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     seeds: int = 5
-    fashion: int = 2000
     large: tuple[int, int, int, int] = (1280, 36, 20, 50257)  # GPT-2 large: width, layers, heads, words
     shard: int = 500 * 2**20
 
 
 SMOKE = Setup(
     size=(8, 1, 2, 2), reach=64, block=(4, 4), depths=(1, 2), widths=(8, 16), pool=3, nets=2, meta_steps=3, meta_seeds=2,
-    meta_batch=8, unseen=(16,), unseen_depth=2, steps=4, marks=(0, 2, 4), batch=8, rates=(1e-3, 1e-2), seeds=2, fashion=40,
+    meta_batch=8, unseen=(16,), unseen_depth=2, steps=4, marks=(0, 2, 4), batch=8, rates=(1e-3, 1e-2), seeds=2, chunk=2,
     large=(16, 2, 2, 60), shard=2**13,
 )  # fmt: skip
 
@@ -271,14 +271,17 @@ def lecun(key: Any, spec: Any) -> Any:
     return trees.replace_leaves(spec, {p: leaf(p, x) for p, x in flat.items()})
 
 
-def trainer(width: int, s: Setup) -> Any:
-    """`(params, rate, rows (steps, b), train, seen) -> accuracies (marks,)` on `seen`, for the unseen network."""
+def trainer(width: int, s: Setup) -> tuple[Any, Any]:
+    """Training and testing of the unseen network.
+
+    `(params, rate, rows (steps, b), train) -> params (marks, ...)` and `(params (marks, ...), seen) -> accuracies (marks,)`
+    """
     masks = masks_of(s.unseen_depth, width, 4, s.unseen_depth, width)
     rule = optax.scale_by_adam()
-    accuracy = lambda p, seen: (forward(p, masks, seen[0]).argmax(-1) == seen[1]).mean()
+    at = np.array([m // s.chunk - 1 for m in s.marks[1:]])
 
     @jax.jit
-    def run(params: Any, rate: Any, rows: Any, train: Any, seen: Any) -> Any:
+    def run(params: Any, rate: Any, rows: Any, train: Any) -> Any:
         x, y = train
 
         def step(state: Any, rows: Any) -> Any:
@@ -287,23 +290,29 @@ def trainer(width: int, s: Setup) -> Any:
             updates, moments = rule.update(jax.grad(loss)(params), moments)
             return (jax.tree.map(lambda p, u: p - rate * u, params, updates), moments), None
 
-        state, found = (params, rule.init(params)), [accuracy(params, seen)]
-        for a, b in itertools.pairwise(s.marks):
-            state, _ = jax.lax.scan(step, state, rows[a:b])
-            found.append(accuracy(state[0], seen))
-        return jnp.stack(found)
+        def chunk(state: Any, rows: Any) -> Any:
+            state, _ = jax.lax.scan(step, state, rows)
+            return state, state[0]
 
-    return run
+        chunks = rows.reshape(-1, s.chunk, rows.shape[-1])
+        _, kept = jax.lax.scan(chunk, (params, rule.init(params)), chunks)
+        return jax.tree.map(lambda p, k: jnp.concatenate([p[None], k[at]]), params, kept)
+
+    def accuracy(params: Any, seen: Any) -> Any:
+        x, y = seen
+        return jax.lax.map(lambda p: (forward(p, masks, x).argmax(-1) == y).mean(), params)
+
+    return run, jax.jit(accuracy)
 
 
-def evaluated(run: Any, name: str, starts: Any, parts: Mapping[str, Any], s: Setup) -> dict[str, Any]:
+def evaluated(programs: Any, name: str, starts: Any, parts: Mapping[str, Any], s: Setup) -> dict[str, Any]:
     """One start on one network: the rate by validation, then the test accuracies of each seed at each mark."""
+    run, accuracy = programs
     rows = lambda seed: study.rows_of(len(parts["train"][1]), s.steps, s.batch, seed)
-    tried = {
-        r: float(run(starts(1000), r, rows(1000), parts["train"], parts["validation"])[-1]) for r in map(float, s.rates)
-    }
+    trained = lambda seed, rate: run(starts(seed), rate, rows(seed), parts["train"])
+    tried = {r: float(accuracy(trained(1000, r), parts["validation"])[-1]) for r in map(float, s.rates)}
     rate = max(tried, key=lambda r: tried[r])
-    test = np.stack([np.asarray(run(starts(i), rate, rows(i), parts["train"], parts["test"])) for i in range(s.seeds)])
+    test = np.stack([np.asarray(accuracy(trained(i, rate), parts["test"])) for i in range(s.seeds)])
     marks = {f"after_{m}": float(v) for m, v in zip(s.marks, test.mean(0))}
     print(f"{name:>40}: rate {rate:g}, " + ", ".join(f"{k[6:]} {100 * v:.1f}" for k, v in marks.items()), flush=True)
     return {"method": name, "rate": rate, **marks, "details": {"test": test.tolist(), "validation_by_rate": tried}}
@@ -401,15 +410,15 @@ def as_patches(images: np.ndarray) -> Any:
     return jnp.asarray((cut - 0.3) / 0.35, jnp.float32)
 
 
-def images_of(name: str, s: Setup) -> dict[str, Any]:
+def images_of(name: str, most: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Patches and labels of each split, the first `most` of it."""
     parts = {}
     for split, p in data.load(name).splits.items():
         x, y = np.asarray(p.inputs)[..., 0], np.asarray(p.labels)
-        if name == "digits":
+        if most is None:
             x = x / 16
         else:
-            n = s.fashion if split == "train" else 2000
-            x, y = x[:n], y[:n]
+            x, y = x[: most[split]], y[: most[split]]
             x = np.pad(x / 255, ((0, 0), (2, 2), (2, 2))).reshape(-1, 8, 4, 8, 4).mean((2, 4))
         parts[split] = as_patches(x), jnp.asarray(y)
     return parts
@@ -423,7 +432,7 @@ def main() -> None:
         "LoGAH": logah_network(s.size, reach=s.reach, vectors="mlp"),
         "tiled": logah_network(s.size, decoder="full", block=s.block, vectors="mlp"),
     }
-    digits = images_of("digits", s)
+    digits = images_of("digits")
     x, y = digits["train"]
     pool, slots, sizes = pool_of(s)
     trained, curves = {}, {}
@@ -443,15 +452,16 @@ def main() -> None:
         return lambda seed: made[seed % s.meta_seeds]
 
     rows, by = [], {}
-    fashion = images_of("fashion-mnist", s)
+    digits_have = {split: len(y) for split, (_, y) in digits.items()}
+    fashion = images_of("fashion-mnist", {**digits_have, "test": 2000})
     for width in s.unseen:
-        run = trainer(width, s)
+        programs = trainer(width, s)
         for name, parts, kinds in (
             ("digits", digits, ("random", "LoGAH", "tiled")),
             ("Fashion", fashion, ("random", "LoGAH")),
         ):
             for kind in kinds if name == "digits" or width == s.unseen[0] else ():
-                row = evaluated(run, f"{kind}, width {width}, {name}", starts_of(kind, width), parts, s)
+                row = evaluated(programs, f"{kind}, width {width}, {name}", starts_of(kind, width), parts, s)
                 by[kind, width, name] = np.asarray(row["details"]["test"])
                 rows.append(row)
 

@@ -8,6 +8,7 @@ Methods that adapt a frozen model through such networks stand in `jaxpeft.adapt`
 """
 
 from jaxpeft.hyper.d2nwg import WeightDiffusion, d2nwg, d2nwg_schedule, weight_diffusion
+from jaxpeft.hyper.graph import OPS, Graph, Slot, model_graph, pad_graph
 from jaxpeft.hyper.hypernetwork import (
     HYPERNETWORKS,
     Hypernetwork,
@@ -37,6 +38,7 @@ from jaxpeft.hyper.layers import (
     trunk_start,
     zeros,
 )
+from jaxpeft.hyper.logah import SIZES, GraphHyperNetwork, frobenius, logah, logah_network
 from jaxpeft.hyper.mip import mip, mip_encode
 from jaxpeft.hyper.stn import Responding, Tuner, Tuning, cutout, dropout, self_tuning, stn
 from jaxpeft.hyper.tleg import depth_coefficients, tleg, tleg_expand, tleg_fit, tleg_kd_loss, tleg_r2
@@ -44,10 +46,15 @@ from jaxpeft.hyper.tunable_conv import balanced, multi_loss, sample_omega, tunab
 
 __all__ = [
     "HYPERNETWORKS",
+    "OPS",
+    "SIZES",
+    "Graph",
+    "GraphHyperNetwork",
     "Hypernetwork",
     "Partition",
     "Place",
     "Responding",
+    "Slot",
     "TargetError",
     "Tuner",
     "Tuning",
@@ -59,6 +66,7 @@ __all__ = [
     "depth_coefficients",
     "dropout",
     "emitting",
+    "frobenius",
     "head",
     "head_start",
     "kind",
@@ -69,10 +77,14 @@ __all__ = [
     "kind_partition",
     "kind_select",
     "kind_transfer",
+    "logah",
+    "logah_network",
     "mip",
     "mip_encode",
+    "model_graph",
     "multi_loss",
     "normal",
+    "pad_graph",
     "per_example",
     "places",
     "register_hypernetwork",

@@ -29,7 +29,6 @@ from typing import Any, Literal
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Bool, Int, PyTree
-from scipy.sparse import coo_array, csgraph
 
 from jaxpeft import trees
 from jaxpeft.hyper.hypernetwork import TargetError, as_spec
@@ -105,15 +104,22 @@ def model_graph(
     if not any(trees.is_learned(p, x) for p, x in flat.items()):
         raise TargetError("no leaf of the specification is floating point: there is nothing that a node could hold")
     drawn = draw(apply_fn, spec, inputs, unknown)
-    n, ints = len(drawn.ops), lambda x: np.asarray(x, np.int32)
-    edges = coo_array((np.ones(len(drawn.edges)), tuple(drawn.edges.T)), shape=(n, n)).tocsr()
-    far = csgraph.dijkstra(edges, unweighted=True, limit=cutoff)
+    ints = lambda x: np.asarray(x, np.int32)
     shape = [drawn.slots[i].sizes if i >= 0 else (0, 0, 0, 0) for i in drawn.owned]
     graph = Graph(
-        ints(drawn.ops), ints(shape), ints(drawn.owned), ints(np.where(np.isfinite(far), far, 0)), np.ones(n, bool),
-        drawn.slots,
+        ints(drawn.ops), ints(shape), ints(drawn.owned), _distances(len(drawn.ops), drawn.edges, cutoff),
+        np.ones(len(drawn.ops), bool), drawn.slots,
     )  # fmt: skip
     return graph if nodes is None else pad_graph(graph, nodes)
+
+
+def _distances(n: int, edges: Int[np.ndarray, "E 2"], cutoff: int) -> Int[np.ndarray, "N N"]:
+    """Shortest paths, column by column: numbers are topological, so that what leads to a node is known before it is."""
+    far = np.full((n, n), n)
+    for i, j in edges[np.argsort(edges[:, 1], kind="stable")]:
+        far[:, j] = np.minimum(far[:, j], far[:, i] + 1)
+        far[i, j] = 1
+    return np.where(far > min(cutoff, n - 1), 0, far).astype(np.int32)
 
 
 def pad_graph(graph: Graph, nodes: int) -> Graph:

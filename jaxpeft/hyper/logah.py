@@ -39,13 +39,13 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from jaxpeft import trees
 from jaxpeft.hyper.graph import Graph, Slot
-from jaxpeft.hyper.graphormer import dense, dense_start, encode, encoder_start, vocabulary
+from jaxpeft.hyper.graph_decoders import Sizes, factors, full, full_start, kernel, low_rank_start, vector
+from jaxpeft.hyper.graphormer import dense_start, encode, encoder_start, vocabulary
 from jaxpeft.hyper.hypernetwork import Hypernetwork, TargetError, as_spec, register_hypernetwork, split_target
 from jaxpeft.weights.factored import Factor, Factored, Term, names
 
 __all__ = ["SIZES", "GraphHyperNetwork", "frobenius", "logah", "logah_network"]
 
-Sizes = tuple[int, int, int, int]
 SIZES = {"tiny": (64, 3, 8, 32), "small": (128, 5, 16, 90), "base": (256, 5, 16, 128), "large": (256, 12, 16, 256)}
 
 
@@ -100,15 +100,17 @@ def logah_network(
         where there is none.
     """
     d, layers, heads, rank = _checked_size(size, decoder, vectors, scaling)
-    if min(reach, *block, classes) < 1:
-        raise ValueError(f"reach {reach}, block {block}, classes {classes}: sizes are at least 1")
+    if min(reach // 2, *block, classes) < 1:
+        raise ValueError(f"reach {reach}, block {block}, classes {classes}: sizes are at least 1, the reach at least 2")
     words = vocabulary(classes, channels)
     own = max(1, block[0] if decoder == "full" else d // 2)
 
     def init(key: Key[Array, ""]) -> PyTree:
         first, second, third = jax.random.split(key, 3)
         weights = {"encoder": encoder_start(first, d, layers, heads, words)}
-        weights["decoder"] = _full_start(second, d, block) if decoder == "full" else _low_start(second, d, rank, reach)
+        weights["decoder"] = (
+            full_start(second, d, block) if decoder == "full" else low_rank_start(second, d, rank, reach)
+        )
         if vectors == "mlp":
             keys = jax.random.split(third)
             weights["vectors"] = [dense_start(keys[0], d, 2 * d), dense_start(keys[1], 2 * d, 2 * own, small=True)]
@@ -119,20 +121,20 @@ def logah_network(
         for kind, group in _groups(slots).items():
             rows = x[np.array([s.node for s in group])]
             if kind.vector:
-                both = jax.vmap(lambda e: _vector(weights, e, kind.sizes[0]))(rows)
+                both = jax.vmap(lambda e: vector(weights, e, kind.sizes[0]))(rows)
                 made |= {(s.path, s.index): both[i, s.part].reshape(s.shape) for i, s in enumerate(group)}
                 continue
             if decoder == "full":
-                whole = jax.vmap(lambda e: _full(weights["decoder"], e, kind.sizes, block))(rows)
+                whole = jax.vmap(lambda e: full(weights["decoder"], e, kind.sizes, block))(rows)
                 whole = whole * _each(_gain(kind, lambda: jax.vmap(_spread)(whole), scaling, std), whole)
             else:
-                a, b = jax.vmap(lambda e: _factors(weights["decoder"], e, kind.sizes, rank))(rows)
+                a, b = jax.vmap(lambda e: factors(weights["decoder"], e, kind.sizes, rank))(rows)
                 gain = _gain(kind, lambda: jax.vmap(_product_spread)(a, b), scaling, std)
                 if factored and kind.flat:
                     gain = jnp.broadcast_to(gain, len(group))
                     made |= {(s.path, s.index): (s, a[i], b[i], gain[i]) for i, s in enumerate(group)}
                     continue
-                whole = jax.vmap(lambda a, b: _kernel(a, b, kind.sizes))(a, b)
+                whole = jax.vmap(lambda a, b: kernel(a, b, kind.sizes))(a, b)
                 whole = whole * _each(gain, whole)
             made |= {(s.path, s.index): _laid_out(whole[i], s) for i, s in enumerate(group)}
         return made
@@ -259,81 +261,6 @@ def _product_spread(a: Float[Array, "m r"], b: Float[Array, "n r"]) -> Float[Arr
     a, b = a - mean_a, b - mean_b
     squares = ((a.T @ a) * (b.T @ b)).sum() + n * jnp.square(a @ mean_b).sum() + m * jnp.square(b @ mean_a).sum()
     return _deviation(squares, m * n)
-
-
-# ---------------------------------------------------------------------------------------------------------- the decoders
-
-
-def _low_start(key: Key[Array, ""], d: int, rank: int, reach: int) -> PyTree:
-    keys, widths = jax.random.split(key, 4), (d, 4 * d, 8 * d, 2 * rank * rank)
-    mlp = [dense_start(k, m, n) for k, m, n in zip(keys, widths, widths[1:])]
-    return {"mlp": mlp, "out": dense_start(keys[3], rank, reach)}
-
-
-def _factors(p: PyTree, x: Float[Array, "d"], sizes: Sizes, rank: int) -> tuple[Array, Array]:
-    """A (c_out k_h, r) and B (c_in k_w, r) for a tensor of these sizes; channels beyond K / k repeat."""
-    h = jax.nn.relu(dense(p["mlp"][1], jax.nn.relu(dense(p["mlp"][0], x))))
-    (c_out, c_in, k_h, k_w), reach = sizes, p["out"]["kernel"].shape[1]
-    if max(k_h, k_w) > reach:
-        raise TargetError(f"a window of {k_h} x {k_w} for a reach of {reach}: raise the network's reach")
-
-    def half(first: int, channels: int, window: int) -> Array:
-        known = min(channels, reach // window)
-        count = known * window
-        rows = -(-count * rank // reach)  # of Y, that these rows of A or B lie in
-        part = slice(first * rank, (first + rows) * rank)
-        z = h @ p["mlp"][2]["kernel"][:, part] + p["mlp"][2]["bias"][part]
-        y = dense(p["out"], jax.nn.relu(z.reshape(rows, rank))).reshape(-1)[: count * rank]
-        return _tiled(y.reshape(known, window, rank), 0, channels).reshape(channels * window, rank)
-
-    return half(0, c_out, k_h), half(rank, c_in, k_w)
-
-
-def _tiled(x: Array, axis: int, size: int) -> Array:
-    return x if x.shape[axis] == size else jnp.take(x, np.arange(size) % x.shape[axis], axis=axis)
-
-
-def _kernel(a: Array, b: Array, sizes: Sizes) -> Float[Array, "c_out c_in k_h k_w"]:
-    c_out, c_in, k_h, k_w = sizes
-    return (a @ b.T).reshape(c_out, k_h, c_in, k_w).swapaxes(1, 2)
-
-
-def _full_start(key: Key[Array, ""], d: int, block: tuple[int, int]) -> PyTree:
-    (b, side), (first, second, third) = block, jax.random.split(key, 3)
-    window = dense_start(first, d, 4 * d * side * side)
-    return {
-        "window": {
-            "kernel": window["kernel"].reshape(d, 4 * d, side, side),
-            "bias": window["bias"].reshape(4 * d, side, side),
-        },
-        "block": [dense_start(second, 4 * d, 8 * d), dense_start(third, 8 * d, b * b, small=True)],
-    }
-
-
-def _full(p: PyTree, x: Float[Array, "d"], sizes: Sizes, block: tuple[int, int]) -> Float[Array, "c_out c_in k_h k_w"]:
-    """GHN-3's decoder: a window's middle, a block (b, b) at each place of it, tiled over the channels."""
-    (c_out, c_in, k_h, k_w), (b, side) = sizes, block
-    if max(k_h, k_w) > side:
-        raise TargetError(f"a window of {k_h} x {k_w} for a decoder of {side} x {side}: raise the network's block")
-    at = [slice(side // 2 - k // 2, side // 2 + -(-k // 2)) for k in (k_h, k_w)]
-    h = jnp.tensordot(x, p["window"]["kernel"][:, :, at[0], at[1]], 1) + p["window"]["bias"][:, at[0], at[1]]
-    h = jax.nn.relu(dense(p["block"][0], jnp.moveaxis(jax.nn.relu(h), 0, -1)))
-    w = jnp.moveaxis(dense(p["block"][1], h), -1, 0).reshape(b, b, k_h, k_w)[:c_out, :c_in]
-    return _tiled(_tiled(w, 0, c_out), 1, c_in)
-
-
-def _vector(weights: PyTree, x: Float[Array, "d"], c: int) -> Float[Array, "2 c"]:
-    """A scale and a bias of c numbers."""
-    if "vectors" in weights:
-        first, second = weights["vectors"]
-        both = dense(second, jax.nn.relu(dense(first, x))).reshape(2, -1)
-        both = _tiled(both[:, :c], 1, c)
-    else:
-        p = weights["decoder"]
-        known = min(c, p["out"]["kernel"].shape[1] // 2)
-        a, b = _factors(p, x, (2 * known, 1, 1, 1), p["out"]["kernel"].shape[0])
-        both = _tiled((a @ b[0]).reshape(2, known), 1, c)
-    return jnp.stack([2 * jax.nn.sigmoid(0.5 * both[0]), jnp.tanh(0.2 * both[1])])
 
 
 # ------------------------------------------------------------------------------------------------------------ the leaves

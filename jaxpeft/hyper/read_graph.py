@@ -9,6 +9,18 @@ import numpy as np
 from jax.extend import core
 
 from jaxpeft import trees
+from jaxpeft.hyper.graph_roles import (
+    Act,
+    Leaf,
+    Par,
+    Value,
+    letters,
+    made_of_parameters,
+    of_product,
+    of_rows,
+    one_step,
+    usual_roles,
+)
 from jaxpeft.hyper.hypernetwork import TargetError
 from jaxpeft.interpret import scan_counts
 
@@ -49,29 +61,6 @@ class Slot(NamedTuple):
             return 1, of("i"), side, side
         return of("o"), of("i"), of("h"), of("w")
 
-
-# ------------------------------------------------------------------------------------------- what is known of a value
-
-Axes = tuple[tuple[int, ...], ...]
-Leaf = tuple[str, tuple[int, ...]]
-
-
-class Act(NamedTuple):
-    """An activation: a node, and the operations on it since that have not become a node."""
-
-    node: int
-    since: frozenset[str] = frozenset()
-
-
-class Par(NamedTuple):
-    """Something made of parameters alone, and which of the (first) leaf's axes each axis is made of, where that is known."""
-
-    leaves: tuple[Leaf, ...]
-    axes: Axes | None = None
-    table: str | None = None  # roles, once rows were looked up
-
-
-Value = Act | Par | None  # None depends on neither parameters nor inputs
 
 _ENTERED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
 _PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
@@ -178,18 +167,20 @@ class _Reader:
     def own(self, leaf: Leaf, node: int, roles: str | None, part: int) -> None:
         if leaf not in self.slots:
             shape = self.flat[leaf[0]].shape[len(leaf[1]) :]
-            self.slots[leaf] = Slot(self.op[node], *leaf, shape, _usual(shape) if roles is None else roles, node, part)
+            self.slots[leaf] = Slot(
+                self.op[node], *leaf, shape, usual_roles(shape) if roles is None else roles, node, part
+            )
 
     def own_shape(self, par: Par) -> tuple[int, ...]:
         path, index = par.leaves[0]
         return self.flat[path].shape[len(index) :]
 
-    def roles(self, par: Par, letters: Sequence[str]) -> str | None:
+    def roles(self, par: Par, axes: Sequence[str]) -> str | None:
         """Roles of the leaf's axes, from a letter for each axis of the value."""
         if par.axes is None or par.leaves[1:]:
             return None
         first = len(par.leaves[0][1])
-        found = {axis - first: letter for group, letter in zip(par.axes, letters) for axis in group}
+        found = {axis - first: letter for group, letter in zip(par.axes, axes) for axis in group}
         return "".join(
             "." if n == 1 and found.get(i) != "i" else found.get(i, "i") for i, n in enumerate(self.own_shape(par))
         )
@@ -218,7 +209,7 @@ class _Reader:
                 "write the model without it"
             )
         if not any(isinstance(x, Act) for x in operands):
-            return [_made_of_parameters(e, operands)] * count
+            return [made_of_parameters(e, operands)] * count
         out = self.holding(e, operands) if any(isinstance(x, Par) for x in operands) else None
         if out is None:
             whole = [self.holder("parameter", x, ()) if isinstance(x, Par) else x for x in operands]
@@ -236,24 +227,24 @@ class _Reader:
         if name in _PRODUCTS:
             if name == "conv_general_dilated" and at != 1:
                 return None
-            op, letters = _product(e, at)
-            return self.holder(op, par, [self.settled(x)], self.roles(par, letters))
+            op, axes = of_product(e, at)
+            return self.holder(op, par, [self.settled(x)], self.roles(par, axes))
         if name == "gather" and at == 0:
-            return self.holder("embedding", par, [self.settled(x)], self.roles(par, _looked_up(e)))
+            return self.holder("embedding", par, [self.settled(x)], self.roles(par, of_rows(e)))
         wide = [i for i, n in enumerate(shape) if n > 1]
         if name == "concatenate":
-            token = self.holder("token", par, (), self.roles(par, _letters(shape, "o")), part=1)
+            token = self.holder("token", par, (), self.roles(par, letters(shape, "o")), part=1)
             return self.joined(e, [token, *acts])
         if name in ("mul", "div"):
-            roles = self.roles(par, _letters(shape, "o"))
+            roles = self.roles(par, letters(shape, "o"))
             if _kind(x.since) == "norm":
                 return self.holder("norm", par, [x.node], roles)
             return self.holder("scale", par, [self.settled(x)], roles)
         if name not in ("add", "sub"):
             return None
         if par.table or len(wide) > 1:
-            return self.holder("position", par, [self.settled(x)], self.roles(par, _letters(shape, "i", "n")), part=1)
-        roles = self.roles(par, _letters(shape, "o"))
+            return self.holder("position", par, [self.settled(x)], self.roles(par, letters(shape, "i", "n")), part=1)
+        roles = self.roles(par, letters(shape, "o"))
         if self.op[x.node] == "norm" and self.leaf[x.node] and _kind(x.since) is None and x.node not in self.shifted:
             self.shifted.add(x.node)
             self.own(par.leaves[0], x.node, roles, 1)
@@ -300,7 +291,7 @@ class _Reader:
         steps = range(params["length"])
         columns = []
         for i in reversed(steps) if params["reverse"] else steps:
-            out = self.run(body, [*consts, *carry, *(_slice(x, i) for x in xs)])
+            out = self.run(body, [*consts, *carry, *(one_step(x, i) for x in xs)])
             carry = out[:nk]
             columns.append(out[nk:])
         return [*carry, *(self.gathered(y, "concat") for y in zip(*columns))]
@@ -348,88 +339,3 @@ class _Reader:
         owned = [order[leaf] if (leaf := self.leaf[i]) else -1 for i in kept]
         pairs = [(new[i], new[j]) for i, j in self.edges if i in seen and j in seen]
         return Drawing([OPS.index(self.op[i]) for i in kept], slots, owned, np.array(pairs, int).reshape(-1, 2))
-
-
-# ------------------------------------------------------------------------------------------------- axes and their roles
-
-
-def _usual(shape: tuple[int, ...]) -> str:
-    """Roles where the use tells nothing: outputs last, as kernels are laid out here."""
-    return "".join(_letters(shape, "o", "i"))
-
-
-def _letters(shape: Sequence[int], last: str, others: str = "i") -> list[str]:
-    """`last` for the last axis that is wider than one, `others` for those before it."""
-    wide = [i for i, n in enumerate(shape) if n > 1] or [len(shape) - 1]
-    return ["." if n == 1 and i != wide[-1] else last if i == wide[-1] else others for i, n in enumerate(shape)]
-
-
-def _product(e: Any, at: int) -> tuple[str, list[str]]:
-    """The type of a product with a parameter, its operand `at`, and a letter for each of the operand's axes."""
-    ndim = len(e.invars[at].aval.shape)
-    if e.primitive.name == "ragged_dot_general":
-        return "linear", ["o", *["i"] * (ndim - 2), "o"]
-    if e.primitive.name == "dot_general":
-        contracted = e.params["dimension_numbers"][0][at]
-        return "linear", ["i" if d in contracted else "o" for d in range(ndim)]
-    out, into, *window = e.params["dimension_numbers"].rhs_spec
-    letters = {out: "o", into: "i", **dict(zip(window, "hwwww"))}
-    groups, shape = e.params["feature_group_count"], e.invars[at].aval.shape
-    return "depthwise" if groups > 1 and shape[into] == 1 else "conv", [letters[d] for d in range(ndim)]
-
-
-def _looked_up(e: Any) -> list[str]:
-    rows = e.params["dimension_numbers"].start_index_map
-    return ["o" if d in rows else "i" for d in range(len(e.invars[0].aval.shape))]
-
-
-def _slice(x: Value, i: int) -> Value:
-    if not isinstance(x, Par) or x.axes is None or x.leaves[1:]:
-        return x
-    path, index = x.leaves[0]
-    if x.axes[0] != (len(index),):
-        return x._replace(axes=None)  # not the leaf's own leading axis: all steps share what it was made of
-    return x._replace(leaves=((path, (*index, i)),), axes=x.axes[1:])
-
-
-def _made_of_parameters(e: Any, operands: list[Value]) -> Par:
-    pars = [x for x in operands if isinstance(x, Par)]
-    leaves = tuple(dict.fromkeys(leaf for x in pars for leaf in x.leaves))
-    one = pars[0]
-    if len(leaves) > 1 or one.axes is None:
-        return Par(leaves, None, one.table)
-    at = next(i for i, x in enumerate(operands) if x is one)
-    before, after = e.invars[at].aval.shape, e.outvars[0].aval.shape
-    if e.primitive.name == "gather" and at == 0 and one.table is None:
-        skipped = len(one.leaves[0][1])
-        found = {axis: letter for group, letter in zip(one.axes, _looked_up(e)) for axis in group}
-        return Par(leaves, None, "".join(found[i] for i in sorted(found)) if min(found) == skipped else None)
-    return Par(leaves, _moved(e, one.axes, before, after), one.table)
-
-
-def _moved(e: Any, axes: Axes, before: tuple[int, ...], after: tuple[int, ...]) -> Axes | None:
-    name, params = e.primitive.name, e.params
-    if name == "transpose":
-        return tuple(axes[i] for i in params["permutation"])
-    if name == "squeeze":
-        return tuple(g for i, g in enumerate(axes) if i not in params["dimensions"])
-    if name == "broadcast_in_dim":
-        placed = dict(zip(params["broadcast_dimensions"], axes))
-        return tuple(placed.get(i, ()) for i in range(len(after)))
-    if name == "reshape":
-        return _merged(axes, before, after)
-    return axes if len(before) == len(after) else None
-
-
-def _merged(axes: Axes, before: tuple[int, ...], after: tuple[int, ...]) -> Axes | None:
-    """Axes after a reshape that merges neighbours and adds or drops ones; None where it splits an axis."""
-    rest, out = [(g, n) for g, n in zip(axes, before) if n != 1], []
-    for n in after:
-        group, have = (), 1
-        while have < n and rest:
-            more, size = rest.pop(0)
-            group, have = group + more, have * size
-        if have != n:
-            return None
-        out.append(group)
-    return tuple(out)
