@@ -64,7 +64,7 @@ def test_at_the_start_a_vertex_is_the_model_as_initialised(mode, key):
 
 
 @given(st.floats(-1, 2, width=32), st.floats(-1, 2, width=32))
-def test_the_kernels_are_affine_in_omega(a, b, moved):
+def test_the_kernels_are_affine_in_omega(moved, a, b):
     hyper = tunable_conv(start)
     weights = moved(hyper.init(jax.random.key(0)))
     kernel = lambda *omega: hyper.apply(weights, jnp.array(omega))["params"]["first"]["kernel"]
