@@ -55,18 +55,21 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> Any:
 def methods_table(counts: Mapping[str, int]) -> Any:
     """One row a registered method, by family; fits 80 columns.
 
-    `kind` is the mechanism; `same` tells whether the adapted model starts as its base.
+    `kind` is the mechanism; `same` tells whether the adapted model starts as its base; "does not" stands for a method whose
+    defaults do not fit the model.
     """
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for i, column in enumerate(("method", "paper", "kind", "merges", "same", "parameters")):
-        table.add_column(column, justify="left" if i < 3 else "right", no_wrap=True)
+    widths = {"method": 19, "paper": 22, "kind": 7, "merges": 6, "same": 4, "parameters": 10}
+    for i, (column, width) in enumerate(widths.items()):
+        # Long papers are cut: the README's table has them whole.
+        table.add_column(column, justify="left" if i < 3 else "right", no_wrap=True, min_width=width, max_width=width)
 
     def trained(name: str) -> str:
         n = counts.get(name)
-        return "-" if n is None else "does not fit" if n < 0 else f"{n:,}"
+        return "-" if n is None else "does not" if n < 0 else f"{n:,}"
 
     yes = lambda x: "yes" if x else "no"
     for family in sorted({e.family for e in METHODS.values()}):
