@@ -1,6 +1,6 @@
-"""Makes experiments/README.md, bench/README.md and the results in README.md from the files in experiments/results.
+"""Makes the pages of results, here and in bench/ and adapt/, and the tables in README.md, from experiments/results.
 
-python experiments/report.py            writes both
+python experiments/report.py            writes them
 python experiments/report.py --check    exits with 1 where one is stale
 """
 
@@ -26,7 +26,23 @@ def experiments_page(found: dict[str, dict[str, Any]]) -> str:
         "claim before it runs, tunes on validation data only, and looks at the test split once. Costs: `bench/README.md`.",
         "",
     ]
-    return _page(lines, {k: r for k, r in found.items() if not k.startswith("bench_")}, "results")
+    own = {k: r for k, r in found.items() if not k.startswith("bench_") and k != "family"}
+    return _page(lines, own, "results")
+
+
+def family_page(found: dict[str, dict[str, Any]]) -> str:
+    """The table across all methods that fit one classifier, and what each one's own replication says of its paper."""
+    lines = [
+        "# One table across the family",
+        "",
+        "Made by `python experiments/report.py` from `../results/family.json`; a test fails when it is stale. What is measured",
+        "and how stands in `family.py`; each method's own replication of its paper in `../README.md`.",
+        "",
+    ]
+    told = lambda rows: [{**r, "its paper's claims that held": held(found, r["method"], "../README.md")} for r in rows]
+    family = found["family"]
+    tables = {name: told(family[name]) for name in ("rows", *family["tables"])}
+    return _page(lines, {"family": {**family, **tables}}, "../results")
 
 
 def bench_page(found: dict[str, dict[str, Any]]) -> str:
@@ -107,13 +123,13 @@ SHARED = {
 """Methods that another paper's experiment replicates."""
 
 
-def held(found: dict[str, dict[str, Any]], name: str) -> str:
+def held(found: dict[str, dict[str, Any]], name: str, page: str = "experiments/README.md") -> str:
     """How many of its experiment's claims held, with the way there."""
     slug = SHARED.get(name, name.replace("_", "-"))
     if not (claims := found.get(slug, {}).get("claims")):
         return ""
     good = sum(c["verdict"] == "holds" for c in claims)
-    return f"[{good} of {len(claims)}](experiments/README.md#{slug})"
+    return f"[{good} of {len(claims)}]({page}#{slug})"
 
 
 def methods_block() -> str:
@@ -213,6 +229,7 @@ def pages() -> dict[Path, str]:
     return {
         HERE / "README.md": experiments_page(found),
         HERE / "bench" / "README.md": bench_page(found),
+        **({HERE / "adapt" / "README.md": family_page(found)} if "family" in found else {}),
         readme: with_block(text, "memory", memory_block(found)),
     }
 
