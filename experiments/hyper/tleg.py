@@ -25,6 +25,7 @@ Beside it: how much of the plain network's layers a line explains (R²), and the
 """
 
 import dataclasses
+import functools
 import statistics
 import sys
 import time
@@ -94,6 +95,12 @@ def vit(s: Setup, depth: int) -> ImageClassifier:
     return ImageClassifier(config, 10)
 
 
+@functools.cache
+def initialiser(s: Setup, depth: int) -> Any:
+    """`(key, images) -> params`, compiled once."""
+    return jax.jit(vit(s, depth).init)
+
+
 class Trainer:
     """One compiled program for each function trained: starts, rates, examples and their order are arguments."""
 
@@ -153,7 +160,7 @@ class Bench:
     def _auxiliary(self, terms: int | None) -> Any:
         """Stage 1: a gene of K terms, or an untied network."""
         s, model = self.s, vit(self.s, self.s.depth)
-        params = jax.jit(model.init)(self.key, self.examples["image"][:1])
+        params = initialiser(self.s, self.s.depth)(self.key, self.examples["image"][:1])
         hyper = None if terms is None else tleg(params, terms=terms, base=params)
         apply = model.apply if hyper is None else lambda w, x: model.apply(hyper.apply(w), x)
         loss = lambda w, b: tleg_kd_loss(jnp.asarray(apply(w, b["image"])), b["teacher"])
@@ -165,7 +172,7 @@ class Bench:
         """A network of this depth before stage 2."""
         if name == "scratch":
             image = self.examples["image"][:1]
-            return jax.jit(vit(self.s, depth).init)(jax.random.fold_in(self.key, depth), image)
+            return initialiser(self.s, depth)(jax.random.fold_in(self.key, depth), image)
         gene = self.genes[name]
         if name != "plain layers":
             return tleg_expand(gene, depth)
@@ -227,7 +234,7 @@ def main() -> None:
         few = np.random.default_rng(seed).permutation(len(digits["train"][1]))[: s.digits]
         own = {"image": jnp.asarray(digits["train"][0][few]), "label": jnp.asarray(digits["train"][1][few], jnp.int32)}
         model = vit(s, middle)
-        fresh = jax.jit(model.init)(jax.random.fold_in(bench.key, 99), own["image"][:1])["params"]["head"]
+        fresh = initialiser(s, middle)(jax.random.fold_in(bench.key, 99), own["image"][:1])["params"]["head"]
         rows = study.rows_of(len(few), s.digits_steps, min(s.batch, len(few)), seed)
         for name in STARTS:
             start = bench.start(name, middle)
