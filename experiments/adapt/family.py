@@ -10,8 +10,9 @@ Finished parts are kept in `family_parts/`, so that a cut run goes on. Problems:
 (10 and 50 examples a class, first 32 tokens), and a small ViT, trained on Fashion-MNIST, on MNIST-5k and on digits (10, 50
 and 200 a class). A class that has fewer gives what it has. Every method trains a new head along. For each budget its rate
 is the best of three around its registered one by the validation accuracy of a tuning seed (of texts, R8's rates serve all
-three sets), then three seeds, which draw the examples too. Validation and test splits are 500 and 1,000 examples of the standard ones, the same for all. Arguments
-are the registered defaults but for those in `ARGUMENTS`, which bring sizes near LoRA's.
+three sets), then three seeds, which draw the examples too. Validation and test splits are 500 and 1,000 examples of the
+standard ones, the same for all. Arguments are the registered defaults but for those in `ARGUMENTS`, which bring sizes near
+LoRA's.
 
 Known beforehand: on R8 with 20 a class, tuned likewise, nothing was over the linear probe (`r8.py`).
 Stated before running, each to be reported as holding or not, by means over seeds:
