@@ -8,7 +8,7 @@ a start: of clothes the whole network, of digits the head.
 
     clothes   A perceptron (784-512-512) trained on 16,000 pictures of Fashion-MNIST in four turns, then 16 fine-tunings of all
               its weights on 400 upright ones: rates 10^U(-4, -2.8), decay 10^U(-4, -1), 60 to 240 steps of 64, label smoothing
-              0, 0.1 or 0.2, input noise 0, 0.3 or 0.6. 2500 held-out pictures, 4000 test ones, and four shifts of 1000 of
+              0, 0.1 or 0.2, input noise 0, 0.1 or 0.2. 2500 held-out pictures, 4000 test ones, and four shifts of 1000 of
               these: noise, blur, contrast, two pixels aside. Four more models with rates of 10^U(-2.2, -1.8) are added
               afterwards ("with large rates").
     digits    A ViT (6 layers, width 96; `bases.fashion_vit`) that knows clothes, with a head trained first on the features of
@@ -24,6 +24,9 @@ Steps rise and fall by a warm-up and a cosine of AdamW's rate, clipped. Of a poo
     WiSE-FT                    between the start and the best single model, eleven weights
     ensemble, greedy ensemble  of logits, at k and up to k times the cost
     start                      before fine-tuning
+
+(A first run had noise of 0, 0.3 and 0.6, as the card: on held-out pictures models with 0.6 were eight points under the others,
+under the start even, and what was averaged was damage. Noise was lowered for that; the claims were not changed.)
 
 The test is touched once a pool and arm. The figure shows the test error in the plane of the first pool's start and the
 two models of clothes that are best on held-out pictures; nothing is chosen by it.
@@ -78,7 +81,7 @@ class Pool:
     decays: tuple[float, float] = (-4.0, -1.0)
     steps: tuple[int, int] = (60, 240)
     smoothing: tuple[float, ...] = (0.0, 0.1, 0.2)
-    noise: tuple[float, ...] = (0.0, 0.3, 0.6)
+    noise: tuple[float, ...] = (0.0, 0.1, 0.2)
     batch: int = 64
 
 
