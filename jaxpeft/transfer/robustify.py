@@ -24,7 +24,7 @@ frozen: augmented batches shift them.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,22 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxpeft import trees
 from jaxpeft.distillation import kl_loss
+from jaxpeft.transfer.robust_heads import (
+    CLEAN,
+    COMBINED,
+    UNCLEAN,
+    Chosen,
+    Heads,
+    dense,
+    each_of,
+    entropy,
+    head_logits,
+    mc_forward,
+    predict,
+    select_head,
+    three_heads,
+    uncertainty_of,
+)
 
 __all__ = [
     "CLEAN",
@@ -56,26 +72,7 @@ __all__ = [
     "uncertainty_of",
 ]
 
-CLEAN, UNCLEAN, COMBINED = 0, 1, 2
 SHARES = ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5))  # of K_c, K_u, K_m: weight of clean and of augmented inputs in L
-
-Rule = Literal["entropy+kl", "entropy"]
-Uncertainty = Literal["entropy", "variance", "information"]
-
-
-class Heads(NamedTuple):
-    """Of each head, whatever it is: parameters, logits, probabilities."""
-
-    clean: Any
-    unclean: Any
-    combined: Any
-
-
-class Chosen(NamedTuple):
-    """Which head answers each input, and its answer."""
-
-    probs: Float[Array, "n C"]
-    choice: Int[Array, "n"]  # CLEAN, UNCLEAN or COMBINED
 
 
 # --------------------------------------------------------------------------------------------------------------- student
@@ -99,63 +96,6 @@ def partial_mask(params: PyTree, at: trees.Pattern | Callable[[str, Array], bool
     else:
         chosen = set(trees.matches(at, flat))
     return trees.replace_leaves(params, {path: path in chosen for path in flat})
-
-
-def three_heads(head: PyTree) -> Heads:
-    """Three copies of the pretrained head, as all three start. (Copies: a training step may donate their buffers.)"""
-    copy = lambda: jax.tree.map(lambda x: jnp.array(x, copy=True), head)
-    return Heads(copy(), copy(), copy())
-
-
-def dense(head: PyTree, h: Float[Array, "n d"]) -> Float[Array, "n C"]:
-    """A linear head's logits; `head` has `kernel` (d, C) and `bias` (C,)."""
-    return h @ head["kernel"] + head["bias"]
-
-
-def head_logits(
-    heads: Heads,
-    h: Float[Array, "n d"],
-    key: Key[Array, ""] | None = None,
-    *,
-    dropout: Any = 0.1,
-    apply_head: Callable[[PyTree, Array], Array] = dense,
-) -> Heads:
-    """The three heads' logits (n, C) on the same features, of which the same are dropped for all three.
-
-    Args:
-      key: of the dropout; None for none.
-      dropout: the share dropped, 0 to under 1; may be traced.
-      apply_head: `(head, features) -> logits`.
-    """
-    if key is not None:
-        kept = 1 - jnp.asarray(dropout, h.dtype)
-        h = jnp.where(jax.random.bernoulli(key, kept, h.shape), h / kept, 0)
-    return Heads(*(apply_head(head, h) for head in heads))
-
-
-def mc_forward(
-    apply: Callable[[PyTree, PyTree, Key[Array, ""]], PyTree],
-    params: PyTree,
-    key: Key[Array, ""],
-    x: PyTree,
-    passes: int,
-) -> PyTree:
-    """Probabilities of `passes` runs with different keys. What comes before the first use of the key runs once.
-
-    Args:
-      apply: `(params, x, key) -> logits`, (n, C) or a tree of such.
-      passes: P, at least 1.
-
-    Returns:
-      (P, n, C), or a tree of such.
-
-    Raises:
-      ValueError: no passes.
-    """
-    if passes < 1:
-        raise ValueError(f"{passes} passes: there is at least one")
-    logits = jax.vmap(lambda key: apply(params, x, key))(jax.random.split(key, passes))
-    return jax.tree.map(lambda z: jax.nn.softmax(z.astype(trees.wide_dtype(z.dtype)), -1), logits)
 
 
 # ---------------------------------------------------------------------------------------------------------------- losses
@@ -184,7 +124,7 @@ def robust_loss(
     z, z_augmented = jnp.asarray(z), jnp.asarray(z_augmented)
     if z_augmented.ndim != 3 or z_augmented.shape[1:] != z.shape or not z_augmented.shape[0]:
         raise ValueError(f"logits {z.shape} and, augmented, {z_augmented.shape}: expected (n, C) and (K, n, C)")
-    y = _each("labels", y, len(z))
+    y = each_of("labels", y, len(z))
     cross = optax.softmax_cross_entropy_with_integer_labels
     log_p = jax.nn.log_softmax(jnp.concatenate([z[None], z_augmented]), -1)
     log_mean = jax.nn.logsumexp(log_p, 0) - jnp.log(jnp.asarray(log_p.shape[0], log_p.dtype))
@@ -204,7 +144,7 @@ def teacher_weight(probs: Float[Array, "*P n C"]) -> Float[Array, "n"]:
     if probs.ndim not in (2, 3) or probs.shape[-1] < 2:
         raise ValueError(f"probabilities of shape {probs.shape}: expected (n, C) or (P, n, C), of at least two classes")
     mean = probs.mean(0) if probs.ndim == 3 else probs
-    return jnp.clip(1 - _entropy(mean) / jnp.log(jnp.asarray(probs.shape[-1], mean.dtype)), 0, 1)
+    return jnp.clip(1 - entropy(mean) / jnp.log(jnp.asarray(probs.shape[-1], mean.dtype)), 0, 1)
 
 
 def robust_kd_loss(
@@ -241,8 +181,8 @@ def robust_kd_loss(
     shapes = {x.shape for x in (*z, z_teacher)}
     if len(shapes) != 1 or z_teacher.ndim != 2:
         raise ValueError(f"logits of the heads and the teacher {sorted(shapes)}: expected one shape (n, C)")
-    y = _each("labels", y, len(z_teacher))
-    dtype, side = z.clean.dtype, _each("augmented", augmented, len(y)).astype(jnp.int32)
+    y = each_of("labels", y, len(z_teacher))
+    dtype, side = z.clean.dtype, each_of("augmented", augmented, len(y)).astype(jnp.int32)
     lam = jnp.broadcast_to(jnp.asarray(lam, dtype), (2,))[side]
     weight = lax.stop_gradient(jnp.broadcast_to(jnp.asarray(weight, dtype), y.shape))
     shares = jnp.asarray(shares, dtype)
@@ -258,98 +198,6 @@ def robust_kd_loss(
         return (1 - lam) * cross + lam * weight * apart
 
     return sum(((counts[:, i] * each(z)).sum() for i, z in enumerate(z)), jnp.zeros((), dtype))
-
-
-# ------------------------------------------------------------------------------------------------------------- inference
-
-
-def uncertainty_of(probs: Float[Array, "P n C"], kind: Uncertainty = "entropy") -> Float[Array, "n"]:
-    """How unsure P passes are of each input.
-
-        entropy        H of their mean
-        variance       of the probability that they give the mean's best class
-        information    H of their mean less their mean H: what the passes disagree on
-
-    Raises:
-      ValueError: an unknown kind, or an array that is not (P, n, C).
-    """
-    if kind not in get_args(Uncertainty):
-        raise ValueError(f"uncertainty {kind!r}: expected one of {', '.join(map(repr, get_args(Uncertainty)))}")
-    probs = jnp.asarray(probs)
-    if probs.ndim != 3 or not probs.shape[0]:
-        raise ValueError(f"probabilities of shape {probs.shape}: expected (P, n, C), P at least 1")
-    mean = probs.mean(0)
-    if kind == "entropy":
-        return _entropy(mean)
-    if kind == "information":
-        return _entropy(mean) - _entropy(probs).mean(0)
-    return jnp.take_along_axis(probs, mean.argmax(-1)[None, :, None], -1)[..., 0].var(0)
-
-
-def select_head(
-    pc: Float[Array, "n C"],
-    pu: Float[Array, "n C"],
-    pm: Float[Array, "n C"],
-    *,
-    delta: Any = None,
-    eps: Any = 0.05,
-    rule: Rule | Callable[..., Int[Array, "n"]] = "entropy+kl",
-    uncertainty: tuple[Float[Array, "n"], Float[Array, "n"]] | None = None,
-) -> Chosen:
-    """The head for each input, from predictions alone; see the module. Ties go to the combined head.
-
-    Args:
-      pc, pu, pm: the heads' (mean) probabilities.
-      delta: δ, 0 or more, in units of the uncertainty; may be traced. None is log(C) / 10. With 0, the surer of K_c and K_u
-        answers; with infinity neither does for being surer.
-      eps: ε, 0 or more; may be traced. With infinity, K_m answers where δ does not decide.
-      rule: "entropy" leaves the second line of the rule out. A function `(pc, pu, pm, uncertainty, delta, eps) -> choice`
-        replaces it, of which `uncertainty` is the pair.
-      uncertainty: of K_c and of K_u, where not the entropies of pc and pu.
-
-    Raises:
-      ValueError: an unknown rule, or shapes that do not agree.
-    """
-    if not callable(rule) and rule not in get_args(Rule):
-        raise ValueError(f"rule {rule!r}: expected a function or one of {', '.join(map(repr, get_args(Rule)))}")
-    pc, pu, pm = (jnp.asarray(p) for p in (pc, pu, pm))
-    if not pc.shape == pu.shape == pm.shape or pc.ndim != 2:
-        raise ValueError(f"probabilities {pc.shape}, {pu.shape}, {pm.shape}: expected one shape (n, C)")
-    uc, uu = (_entropy(pc), _entropy(pu)) if uncertainty is None else uncertainty
-    uc, uu = (_each("uncertainty", u, len(pc)) for u in (uc, uu))
-    delta = jnp.log(jnp.asarray(pc.shape[-1], uc.dtype)) / 10 if delta is None else jnp.asarray(delta, uc.dtype)
-    if callable(rule):
-        choice = rule(pc, pu, pm, (uc, uu), delta, eps)
-    else:
-        choice = jnp.full(pc.shape[:1], COMBINED, jnp.int32)
-        if rule == "entropy+kl":
-            to_c, to_u = _kl(pm, pc), _kl(pm, pu)
-            nearer = jnp.where(to_c < to_u, CLEAN, UNCLEAN)
-            choice = jnp.where(jnp.abs(to_c - to_u) > jnp.asarray(eps, to_c.dtype), nearer, choice)
-        choice = jnp.where(jnp.abs(uc - uu) > delta, jnp.where(uc < uu, CLEAN, UNCLEAN), choice)
-    probs = jnp.take_along_axis(jnp.stack([pc, pu, pm]), choice[None, :, None], 0)[0]
-    return Chosen(probs, choice.astype(jnp.int32))
-
-
-def predict(
-    heads: Heads,
-    h: Float[Array, "n d"],
-    key: Key[Array, ""],
-    *,
-    passes: int = 10,
-    dropout: Any = 0.1,
-    kind: Uncertainty = "entropy",
-    apply_head: Callable[[PyTree, Array], Array] = dense,
-    **options: Any,
-) -> Chosen:
-    """The whole of the inference on the encoder's features: dropout before the heads, their means, the choice.
-
-    Args and errors as in `head_logits`, `mc_forward`, `uncertainty_of` (its `kind`); `options` are `select_head`'s.
-    """
-    run = lambda heads, h, key: head_logits(heads, h, key, dropout=dropout, apply_head=apply_head)
-    p = mc_forward(run, heads, key, h, passes)
-    unsure = uncertainty_of(p.clean, kind), uncertainty_of(p.unclean, kind)
-    return select_head(*(x.mean(0) for x in p), uncertainty=unsure, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tuning
@@ -423,26 +271,3 @@ def tune(
     steps = (jnp.asarray(rows), jax.random.split(key, len(rows)))
     ((delta, heads), _), losses = lax.scan(one, (start, optimiser.init(start)), steps)
     return delta, heads, losses
-
-
-# ------------------------------------------------------------------------------------------------------------- the parts
-
-
-def _each(what: str, x: Any, n: int) -> Array:
-    x = jnp.asarray(x)
-    if x.shape != (n,):
-        raise ValueError(f"{what} of shape {x.shape} for {n} examples: expected ({n},)")
-    return x
-
-
-def _log(p: Any) -> Any:
-    """Finite at 0, where p log p must be 0 and a divergence large but comparable."""
-    return jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny))
-
-
-def _entropy(p: Any) -> Any:
-    return -(p * _log(p)).sum(-1)
-
-
-def _kl(p: Any, q: Any) -> Any:
-    return (p * (_log(p) - _log(q))).sum(-1)
