@@ -59,7 +59,7 @@ def _cosines(a: Float[Array, "m f"], b: Float[Array, "n f"]) -> Float[Array, "m 
 def nearest_distance(
     made: Float[Array, "m ..."], train: Float[Array, "n ..."], metric: Literal["cosine", "euclidean"] = "cosine"
 ) -> Float[Array, "m"]:
-    """The distance of each to the nearest of `train`. The mean of cosine ones of features is the paper's AMD.
+    """The distance of each to the nearest of `train`. The mean of cosine ones of features is MemControl's AMD.
 
     Raises:
       ValueError: an unknown metric.

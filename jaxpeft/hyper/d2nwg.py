@@ -294,29 +294,31 @@ def weight_diffusion(
     encoder = DatasetEncoder(latent) if encoder is None else encoder
     denoiser = Denoiser() if denoiser is None else denoiser
     schedule = d2nwg_schedule(times)
+    shown: Any = jax.eval_shape(encoder.init_with_output, jax.random.key(0), jnp.zeros(features))
+    size = shown[0].shape[-1]
 
     def init(key: Key[Array, ""]) -> PyTree:
         first, second, third = jax.random.split(key, 3)
-        data = encoder.init(second, jnp.zeros(features))
-        size = jax.eval_shape(encoder.apply, data, jnp.zeros(features)).shape[-1]  # type: ignore[union-attr]
         one = jnp.zeros(1, jnp.int32)
         return {
             "vae": vae.init(first, jnp.zeros((1, n))),
-            "data": data,
+            "data": encoder.init(second, jnp.zeros(features)),
             "denoiser": denoiser.init(third, jnp.zeros((1, latent)), one, jnp.zeros((1, size))),
             "latent_std": jnp.ones(()),
         }
 
-    def encode(weights: PyTree, w: Array) -> Any:
-        return vae.apply(weights["vae"], w, method="encode")
+    def encode(weights: PyTree, w: Array, key: Any) -> tuple[Array, Array, Array]:
+        """μ, log σ², and z, which without a key is μ."""
+        both: Any = vae.apply(weights["vae"], w, method="encode")
+        mean, log_variance = both
+        noise = 0.0 if key is None else jax.random.normal(key, mean.shape)
+        return mean, log_variance, mean + jnp.exp(log_variance / 2) * noise
 
     def latents(weights: PyTree, w: Array, key: Any = None) -> Array:
-        mean, log_variance = encode(weights, w)
-        return mean if key is None else mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape)
+        return encode(weights, w, key)[2]
 
     def own_vae_loss(weights: PyTree, w: Array, key: Key[Array, ""]) -> Array:
-        mean, log_variance = encode(weights, w)
-        z = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape)
+        mean, log_variance, z = encode(weights, w, key)
         decoded: Any = vae.apply(weights["vae"], z, method="decode")
         return vae_loss(w, decoded, mean, log_variance, real=jnp.asarray(vectors.real))
 
@@ -330,10 +332,7 @@ def weight_diffusion(
         return align_loss(jax.lax.stop_gradient(latents(weights, w, key)), embed(weights, x))
 
     def condition(weights: PyTree, x: Any, examples: int) -> Array:
-        if x is not None:
-            return embed(weights, x)
-        size = weights["denoiser"]["params"]["condition"]["kernel"].shape[0]
-        return jnp.zeros((examples, size))
+        return jnp.zeros((examples, size)) if x is None else embed(weights, x)
 
     def predict(weights: PyTree) -> Any:
         return lambda z, t, c: denoiser.apply(weights["denoiser"], z, t, c)

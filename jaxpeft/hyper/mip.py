@@ -107,7 +107,7 @@ def mip(
         raise ValueError(f"inputs {inputs}, hidden {hidden}: sizes are at least 1")
     if start not in ("fan_out", "fan_in"):
         raise ValueError(f"start {start!r}: expected 'fan_out' or 'fan_in'")
-    emitted, _ = split_target(spec, base)
+    emitted, others = split_target(spec, base)
     layers = stacked_paths(spec, stacked)
     widths = [mip_encode(jnp.zeros(sum(sizes.values())), encoding).shape[0], *hidden]
 
@@ -139,7 +139,7 @@ def mip(
             lambda x, own, head: (own + jnp.tensordot(h, head, axes=1)).astype(x.dtype),
             emitted, weights["base"], weights["heads"],
         )  # fmt: skip
-        return _with_others(made, spec, base, h.shape[:-1])
+        return _with_others(made, others, h.shape[:-1])
 
     config = {
         "inputs": inputs, "hidden": hidden, "encoding": encoding, "residual": residual, "start": start,
@@ -160,9 +160,8 @@ def _joined(gamma: Any, sizes: Mapping[str, int]) -> Array:
     return jnp.concatenate(list(parts.values()), -1)
 
 
-def _with_others(made: PyTree, spec: PyTree, base: PyTree, batch: tuple[int, ...]) -> PyTree:
+def _with_others(made: PyTree, others: PyTree, batch: tuple[int, ...]) -> PyTree:
     """The emitted leaves, and those of the base that are not emitted, repeated for each of a batch of inputs."""
-    others = split_target(spec, base)[1]
     return trees.combine(made, jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *jnp.shape(x))), others))
 
 

@@ -233,6 +233,19 @@ def test_several_keys_give_several_networks_for_one_data_set(key):
     assert float(several["kernel"].std(0).max()) > 0
 
 
+def test_a_denoiser_of_ones_own_also_works_without_a_data_set(key):
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, z, t, condition):
+            return nn.Dense(z.shape[-1])(jnp.concatenate([z, t[:, None] / 32, condition], -1))
+
+    own = weight_diffusion(SPEC, (2, 3, 5), latent=4, times=32, encoder=SampleEncoder(2, 3, 6), denoiser=Own())
+    weights = own.init(key)
+    loss = own.diffusion_loss(weights, jnp.ones((3, 15)), None, key)
+    assert np.isfinite(float(loss))
+    assert own.generate(weights, None, key)["kernel"].shape == (4, 3)
+
+
 def test_bad_input_is_named(key):
     with pytest.raises(TargetError, match="length 10 for a target of 15"):
         flat(SPEC, 10)
