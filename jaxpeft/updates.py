@@ -1,6 +1,6 @@
 """Pieces of optimisers that sparse and masked methods need, as optax transformations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from jaxpeft import trees
 
-__all__ = ["anchor_l1", "mask_updates", "relative_rates"]
+__all__ = ["anchor_l1", "descend", "mask_updates", "relative_rates"]
 
 
 def mask_updates(mask: PyTree) -> optax.GradientTransformation:
@@ -64,3 +64,28 @@ def anchor_l1(params: PyTree, anchor: PyTree) -> Array:
     """The sum of |params - anchor| over all leaves, in float32: multiply by lambda / N (N numbers of the whole model)."""
     parts = jax.tree.map(lambda x, y: jnp.abs((x - y).astype(jnp.float32)).sum(), params, anchor)
     return jax.tree.reduce(jnp.add, parts, jnp.zeros(()))
+
+
+def descend(
+    loss: Callable[[PyTree, Any], Array], start: PyTree, optimiser: optax.GradientTransformation, xs: PyTree
+) -> tuple[PyTree, Array]:
+    """A step of gradient descent for each entry of `xs`, as one scan.
+
+    Args:
+      loss: `(weights, x) -> scalar`; static.
+      start: the weights.
+      optimiser: optax; it may hold traced numbers.
+      xs: leaves (steps, ...): keys, rows, batches.
+
+    Returns:
+      The weights after the last step, and each step's loss before it (steps,).
+    """
+
+    def one(state: Any, x: Any) -> Any:
+        weights, moments = state
+        value, grads = jax.value_and_grad(loss)(weights, x)
+        updates, moments = optimiser.update(grads, moments, weights)
+        return (optax.apply_updates(weights, updates), moments), value
+
+    (weights, _), losses = jax.lax.scan(one, (start, optimiser.init(start)), xs)
+    return weights, losses

@@ -50,6 +50,7 @@ from jaxpeft.hyper import weight_diffusion
 from jaxpeft.hyper.d2nwg import Denoiser, VectorVae
 from jaxpeft.hyper.set_transformer import DatasetEncoder
 from jaxpeft.models.vit import VisionTransformer
+from jaxpeft.updates import descend
 
 WAYS = 5
 STEPS = (0, 1, 5, 20)
@@ -188,17 +189,13 @@ class Generator:
             def shown(key: Any, classes: Any) -> Any:
                 return data[classes[:, None], jax.random.randint(key, (WAYS, s.shots), 0, data.shape[1])]
 
-            def step(state: Any, key: Any) -> Any:
-                own, moments = state
+            def one(own: Any, key: Any) -> Any:
                 rows, show, other = jax.random.split(key, 3)
                 i = jax.random.randint(rows, (s.batch,), 0, w.shape[0])
                 x = jax.vmap(shown)(jax.random.split(show, s.batch), tasks[i])
-                value, grads = jax.value_and_grad(lambda own: loss({**weights, **own}, w[i], x, other))(own)
-                updates, moments = rule.update(grads, moments)
-                return (optax.apply_updates(own, updates), moments), value
+                return loss({**weights, **own}, w[i], x, other)
 
-            own = {k: weights[k] for k in parts}
-            (own, _), losses = jax.lax.scan(step, (own, rule.init(own)), jax.random.split(key, steps))
+            own, losses = descend(one, {k: weights[k] for k in parts}, rule, jax.random.split(key, steps))
             return {**weights, **own}, losses
 
         return jax.jit(run)

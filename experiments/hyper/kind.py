@@ -47,6 +47,7 @@ import study
 from jaxpeft import adapt, chain, full, generate, lora, trees
 from jaxpeft.hyper import kind, kind_gate, kind_join, kind_partition, kind_select, kind_transfer, per_example
 from jaxpeft.models import Dit, DitConfig
+from jaxpeft.updates import descend
 
 KERNELS = "**/layers*/**/{query,key,value,out,up,down}/kernel"
 LABEL = "**/label/embedding"
@@ -99,18 +100,10 @@ class Cnn(nn.Module):
         return nn.Dense(10)(h), h
 
 
-def descend(loss: Any, start: Any, rate: Any, steps: int, key: Any) -> Any:
+def trained(loss: Any, start: Any, rate: Any, steps: int, key: Any) -> Any:
     """`loss(weights, key)`, Adam, clipped, a warm-up and then a constant rate: the state may be looked at anywhere."""
     rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lambda n: rate * jnp.minimum(1.0, (n + 1) / 50)))
-
-    def step(state: Any, key: Any) -> Any:
-        weights, moments = state
-        value, grads = jax.value_and_grad(loss)(weights, key)
-        updates, moments = rule.update(grads, moments)
-        return (optax.apply_updates(weights, updates), moments), value
-
-    (weights, _), losses = jax.lax.scan(step, (start, rule.init(start)), jax.random.split(key, steps))
-    return weights, losses
+    return descend(loss, start, rule, jax.random.split(key, steps))
 
 
 class Bench:
@@ -152,7 +145,7 @@ class Bench:
             return optax.softmax_cross_entropy_with_integer_labels(logits[0], y[rows]).mean()
 
         start = cnn.init(jax.random.key(0), x[:1])
-        w, _ = jax.jit(lambda w: descend(loss, w, 2e-3, self.s.feature_steps, jax.random.key(1)))(start)
+        w, _ = jax.jit(lambda w: trained(loss, w, 2e-3, self.s.feature_steps, jax.random.key(1)))(start)
         self.read = jax.jit(lambda x: cnn.apply(w, x))
         tested: Any = self.read(self.parts["test"][0])
         self.accuracy = float((tested[0].argmax(-1) == self.parts["test"][1]).mean())
@@ -198,7 +191,7 @@ class Bench:
                 rows = jax.random.randint(draw, (s.pretraining_batch,), 0, len(y))
                 return self._loss(self.predict(form, w), x[rows], y[rows], key)
 
-            return descend(loss, start, s.pretraining_rate, s.pretraining, key)
+            return trained(loss, start, s.pretraining_rate, s.pretraining, key)
 
         return run
 
@@ -209,7 +202,7 @@ class Bench:
                 rows = jax.random.randint(draw, (self.s.batch,), 0, len(y))
                 return self._loss(self.predict(name, w, frozen), x[rows], y[rows], key)
 
-            return descend(loss, weights, rate, steps, key)[0]
+            return trained(loss, weights, rate, steps, key)[0]
 
         return run
 

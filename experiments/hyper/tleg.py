@@ -45,6 +45,7 @@ import study
 from jaxpeft import trees
 from jaxpeft.hyper import tleg, tleg_expand, tleg_fit, tleg_kd_loss, tleg_r2
 from jaxpeft.models import ImageClassifier, VisionConfig
+from jaxpeft.updates import descend
 
 STARTS = ("TLEG", "shared", "plain layers", "scratch")
 
@@ -118,14 +119,7 @@ class Trainer:
                     optax.clip_by_global_norm(1.0), optax.adamw(lambda n: rate * shape(n), weight_decay=0.05)
                 )
 
-                def step(state: Any, rows: Any) -> Any:
-                    params, moments = state
-                    value, grads = jax.value_and_grad(loss)(params, jax.tree.map(lambda x: x[rows], examples))
-                    updates, moments = rule.update(grads, moments, params)
-                    return (optax.apply_updates(params, updates), moments), value
-
-                (params, _), losses = jax.lax.scan(step, (params, rule.init(params)), rows)
-                return params, losses
+                return descend(lambda p, at: loss(p, jax.tree.map(lambda x: x[at], examples)), params, rule, rows)
 
             self._made[name] = jax.jit(run)
         params, losses = self._made[name](start, rate, examples, rows)

@@ -51,6 +51,7 @@ from sklearn.datasets import load_sample_images
 from jaxpeft import trees
 from jaxpeft.files import write_atomically
 from jaxpeft.hyper import balanced, multi_loss, per_example, sample_omega, tunable_conv
+from jaxpeft.updates import descend
 
 SIGMA = 25 / 255
 OMEGAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # ω₁
@@ -175,19 +176,15 @@ class Bench:
             """`fixed`: ω₁, or under 0 for a new ω for each patch."""
             rule = optax.adam(lambda n: rate * optax.cosine_decay_schedule(1.0, max(1, s.steps))(n))
 
-            def step(state: Any, key: Any) -> Any:
-                weights, moments = state
+            def loss(weights: Any, key: Any) -> Any:
                 rows, noise, draw = jax.random.split(key, 3)
                 x = clean[jax.random.randint(rows, (s.batch,), 0, clean.shape[0])]
                 noisy = x + SIGMA * jax.random.normal(noise, x.shape)
                 one = jnp.broadcast_to(jnp.stack([fixed, 1 - fixed]), (s.batch, 2))
                 omega = jnp.where(fixed < 0, sample_omega(draw, s.batch, 2), one)
-                loss = lambda w: self.loss(omega, apply(w, omega, noisy), x, noisy).mean()
-                value, grads = jax.value_and_grad(loss)(weights)
-                updates, moments = rule.update(grads, moments, weights)
-                return (optax.apply_updates(weights, updates), moments), value
+                return self.loss(omega, apply(weights, omega, noisy), x, noisy).mean()
 
-            (weights, _), losses = jax.lax.scan(step, (weights, rule.init(weights)), jax.random.split(key, s.steps))
+            weights, losses = descend(loss, weights, rule, jax.random.split(key, s.steps))
             return weights, losses[-20:].mean()
 
         return jax.jit(run)

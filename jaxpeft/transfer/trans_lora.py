@@ -32,6 +32,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxpeft import trees
 from jaxpeft.distillation import kl_loss, masked_mean
+from jaxpeft.updates import descend
 
 __all__ = [
     "Answered",
@@ -403,14 +404,7 @@ def _descend(
     rows: Int[Array, "steps b"],
 ) -> tuple[PyTree, Float[Array, "steps"]]:
     learned, fixed = trees.learned(adapter0)
-
-    def one(state: Any, rows: Array) -> Any:
-        learned, moments = state
-        value, grads = jax.value_and_grad(lambda a: loss(trees.combine(a, fixed), rows))(learned)
-        updates, moments = optimiser.update(grads, moments, learned)
-        return (optax.apply_updates(learned, updates), moments), value
-
-    (learned, _), losses = lax.scan(one, (learned, optimiser.init(learned)), rows)
+    learned, losses = descend(lambda a, rows: loss(trees.combine(a, fixed), rows), learned, optimiser, rows)
     return trees.combine(learned, fixed), losses
 
 
