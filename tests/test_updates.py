@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from jaxpeft import PatternError, mask_updates, relative_rates
-from jaxpeft.updates import anchor_l1
+from jaxpeft.updates import anchor_l1, descend
 
 PARAMS = {"a": jnp.ones(3), "b": {"c": jnp.full(2, 2.0)}}
 GRADS = jax.tree.map(jnp.ones_like, PARAMS)
@@ -51,3 +51,16 @@ def test_a_relative_rate_is_the_rate_times_its_factor():
 
 def test_the_anchor_counts_what_moved():
     assert anchor_l1(PARAMS, GRADS) == 2
+
+
+def test_a_descent_is_its_steps_one_after_another():
+    loss = lambda w, x: jnp.square(w["a"] - x).sum()
+    start, xs, rule = {"a": jnp.array([1.0, -2.0])}, jnp.arange(8.0).reshape(4, 2), optax.adamw(0.1, weight_decay=0.3)
+    weights, losses = jax.jit(lambda w, xs: descend(loss, w, rule, xs))(start, xs)
+    by_hand, moments = start, rule.init(start)
+    for x, told in zip(xs, losses, strict=True):
+        value, grads = jax.value_and_grad(loss)(by_hand, x)
+        assert float(told) == pytest.approx(float(value), rel=1e-5)
+        updates, moments = rule.update(grads, moments, by_hand)
+        by_hand = optax.apply_updates(by_hand, updates)
+    assert weights["a"].tolist() == pytest.approx(by_hand["a"].tolist(), rel=1e-5)
