@@ -171,7 +171,9 @@ def main() -> None:
     rows = {n: over_targets({q: d[n] for q, d in done.items()}) for n in arms(s)}
     sizes = {n: r["trained"] for n, r in rows.items() if n not in ("BitFit", "linear probe")}
     assert max(sizes.values()) <= 1.03 * min(sizes.values()), sizes
-    nodes = difference_of_nodes(model, params, jnp.asarray(mnist["train"][0][: s.probes]))
+    # drawn, for the rows of the split stand in the order of their classes
+    probes = np.random.default_rng(0).permutation(len(mnist["train"][0]))[: s.probes]
+    nodes = difference_of_nodes(model, params, jnp.asarray(mnist["train"][0][probes]))
 
     ours = rows[OURS]
     over, half = study.difference(ours, rows["gate alone"])

@@ -7,11 +7,12 @@
     for batch in batches.at(0):
         ...
 
+`jaxpeft.data.augmix` is imported by that name: it alone needs jax, and the room is light without it.
+
 Environment: `JAXPEFT_CACHE` (where things are kept), `JAXPEFT_OFFLINE=1` (nothing is fetched).
 """
 
 from jaxpeft.data.assets import ASSETS, MODELS, AssetError, cache_dir, fetch, model_folder
-from jaxpeft.data.augmix import AUGMIX_OPS, augmix
 from jaxpeft.data.batches import (
     BUCKETS,
     Batches,
@@ -28,7 +29,6 @@ from jaxpeft.data.tokens import Ragged, Tokenizer
 
 __all__ = [
     "ASSETS",
-    "AUGMIX_OPS",
     "BUCKETS",
     "MODELS",
     "NAMES",
@@ -45,7 +45,6 @@ __all__ = [
     "TextBatch",
     "TextSet",
     "Tokenizer",
-    "augmix",
     "cache_dir",
     "fetch",
     "image_batches",
