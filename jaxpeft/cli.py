@@ -63,7 +63,13 @@ class Finetune:
             result = finetune(config, folder, resume=bool(self.resume), progress=progress)
         save_curve(folder, folder / "curve.png")
         _print(result_table([result]))
-        _print(f'everything is in {folder}  (try: jaxpeft predict {folder} "oil prices rose as opec cut output")')
+        texts = result["kind"] == "text"
+        use = (
+            f'predict {folder} "oil prices rose as opec cut output"'
+            if texts
+            else f"evaluate {folder} --split validation"
+        )
+        _print(f"everything is in {folder}  (try: jaxpeft {use})")
 
 
 @dataclass

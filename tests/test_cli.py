@@ -3,10 +3,13 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxpeft import cli
+from jaxpeft.models import ImageClassifier, VisionConfig, load_classifier, save_model
 from jaxpeft.train.compare import parse, summarise
 from jaxpeft.train.run import Config, ConfigError, config_from, parse_options
 
@@ -81,6 +84,28 @@ def test_finetune_evaluate_predict_merge_and_resume(tmp_path, capsys):
     assert run("finetune", "--resume", folder, "--quiet") == 0
     again = json.loads((folder / "result.json").read_text())
     assert again["test_accuracy"] == result["test_accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_pictures_are_finetuned_evaluated_and_merged_like_texts(tmp_path, capsys):
+    """A model of another size and with another head: pictures are brought to it, the head is new."""
+    config = VisionConfig(
+        width=8, layers=1, heads=2, head_dim=4, mlp_width=8, pre_norm=True, image=(12, 12), patch=(6, 6), channels=3
+    )
+    model = ImageClassifier(config, 3)
+    save_model(tmp_path / "vit", model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 12, 12, 3))))
+    run_folder, small = tmp_path / "run", ["--model", tmp_path / "vit", "--dataset", "digits", "--options", "rank=2"]
+    assert run("finetune", "--out", run_folder, "--quiet", *small, *SMALL) == 0
+    assert "jaxpeft evaluate" in capsys.readouterr().out
+    result = json.loads((run_folder / "result.json").read_text())
+    assert run("evaluate", run_folder) == 0
+    assert f"accuracy {result['test_accuracy']:.4f}" in capsys.readouterr().out
+    assert run("predict", run_folder, "a text") == 1
+    assert "classifies images" in capsys.readouterr().err
+    assert run("merge", run_folder, tmp_path / "merged") == 0
+    merged, _ = load_classifier(tmp_path / "merged")
+    assert merged.num_labels == 10
 
 
 @pytest.mark.slow

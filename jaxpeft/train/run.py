@@ -228,7 +228,7 @@ def load(config: Config) -> Loaded:
 def _fitted(images: Any, pixel_max: float, config: Any) -> Any:
     """Images as the model reads them: its size and channels, values in [-1, 1] as its preprocessing has them."""
     x = jnp.asarray(images, jnp.float32) / pixel_max
-    shape = (len(x), config.image_size, config.image_size, x.shape[-1])
+    shape = (len(x), *config.image, x.shape[-1])
     x = x if x.shape == shape else jax.image.resize(x, shape, "bilinear")
     x = jnp.repeat(x, config.channels, axis=-1) if x.shape[-1] == 1 < config.channels else x
     return np.asarray(2 * x - 1)
@@ -401,6 +401,7 @@ def _result(
     return {
         "method": config.method,
         "dataset": config.dataset,
+        "kind": loaded.dataset.kind,
         "model": config.model,
         "seed": config.seed,
         "train_examples": len(loaded.dataset.train),
