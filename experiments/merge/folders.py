@@ -184,10 +184,8 @@ def member(s: Setup, side: Side, task: str, model: str, seed: int, zoo: Path) ->
         if loaded.tokenizer is None:
             examples[split] = study.images_of(loaded.tokens[split], labels)
         else:
-            at = np.arange(len(labels))
-            examples[split] = study.texts_of(
-                *loaded.tokens[split].padded(at, side.length, loaded.tokenizer.pad_id), labels
-            )
+            ids, mask = loaded.tokens[split].padded(np.arange(len(labels)), side.length, loaded.tokenizer.pad_id)
+            examples[split] = study.texts_of(ids, mask, labels)
     return Member(loaded, {"params": params["backbone"]}, params["head"], examples)
 
 
