@@ -53,16 +53,12 @@ def save_delta(folder: Path | str, delta: Delta, method: Method, params: Params,
       params: the base, of which names and shapes are stored as a fingerprint.
       extra: plain data to keep with it (labels, metrics).
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     flat = trees.by_path(delta, is_leaf=_is_fixed)
     keys = {
         trees.path_string(p): [k.key for k in p] for p, _ in jtu.tree_flatten_with_path(delta, is_leaf=_is_fixed)[0]
     }
     fixed = sorted(p for p, x in flat.items() if isinstance(x, trees.Fixed))
-    # The writer stores strided and transposed arrays wrongly (safetensors 0.8.0): everything is made contiguous
-    # (not by `ascontiguousarray`, which makes vectors of scalars).
-    arrays = {p: np.asarray(x.value if isinstance(x, trees.Fixed) else x, order="C") for p, x in flat.items()}
+    arrays = {p: x.value if isinstance(x, trees.Fixed) else x for p, x in flat.items()}
     config = {
         "format": 1,
         "method": to_plain(method.config),
@@ -72,9 +68,7 @@ def save_delta(folder: Path | str, delta: Delta, method: Method, params: Params,
         "parameters": trees.count(trees.learned(delta)[0]),
         **extra,
     }
-    write_atomically(folder / ARRAYS, lambda path: save_file(arrays, path))
-    write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
-    return folder
+    return _write(Path(folder), (ARRAYS, arrays), (CONFIG, config))
 
 
 def load_delta(folder: Path | str, params: Params | None = None) -> Saved:
@@ -151,10 +145,6 @@ def _nested(flat: Mapping[str, Any], keys: Mapping[str, list[str]]) -> Delta:
 
 def save_hypernetwork(folder: Path | str, hyper: Hypernetwork, weights: PyTree, **extra: Any) -> Path:
     """Writes a hypernetwork's weights and configuration, each whole or not at all; `extra` is plain data beside them."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Made contiguous: safetensors 0.8.0 stores strided arrays wrongly.
-    arrays = {p: np.asarray(x, order="C") for p, x in trees.by_path(weights).items()}
     config = {
         "format": 1,
         "name": hyper.name,
@@ -162,9 +152,7 @@ def save_hypernetwork(folder: Path | str, hyper: Hypernetwork, weights: PyTree, 
         "target": trees.fingerprint(hyper.target),
         **extra,
     }
-    write_atomically(folder / HYPER_ARRAYS, lambda path: save_file(arrays, path))
-    write_atomically(folder / HYPER_CONFIG, lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
-    return folder
+    return _write(Path(folder), (HYPER_ARRAYS, trees.by_path(weights)), (HYPER_CONFIG, config))
 
 
 def load_hypernetwork(folder: Path | str, hyper: Hypernetwork) -> PyTree:
@@ -194,6 +182,17 @@ def load_hypernetwork(folder: Path | str, hyper: Hypernetwork) -> PyTree:
 
 
 # -------------------------------------------------------------------------------------------------------------- the parts
+
+
+def _write(folder: Path, arrays: tuple[str, Mapping[str, Any]], config: tuple[str, Mapping[str, Any]]) -> Path:
+    """Two named files into a folder, which is made if missing; each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # The writer stores strided and transposed arrays wrongly (safetensors 0.8.0): everything is made contiguous
+    # (not by `ascontiguousarray`, which makes vectors of scalars).
+    held = {p: np.asarray(x, order="C") for p, x in arrays[1].items()}
+    write_atomically(folder / arrays[0], lambda path: save_file(held, path))
+    write_atomically(folder / config[0], lambda path: path.write_text(json.dumps(config[1], indent=1) + "\n"))
+    return folder
 
 
 def to_plain(x: Any) -> Any:
