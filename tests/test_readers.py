@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
@@ -170,3 +171,44 @@ def test_a_reader_of_an_adapted_model_reads_the_adapted_states(key, close):
     delta = jax.tree.map(lambda a: a + 0.1, adapted.init(key, params, x))
     _, taps = jax.jit(read(adapted.apply, ["hidden"]))(params, delta, x)
     close(taps["hidden"], hidden(adapted.merge(params, delta), x))
+
+
+# ------------------------------------------------------------------------------------------- one pass of a mark answered
+
+
+def nested(w, x):
+    """Adds 2, 1, 4, 3 to x, and gives back twice each."""
+
+    def outer(x, w):
+        step = lambda x, v: (checkpoint_name(x + v, "t"), 2 * v)
+        return jax.lax.scan(step, x, w, reverse=True, unroll=2)
+
+    return jax.lax.scan(outer, x, w)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, -1, -4])
+def test_one_pass_is_answered_in_the_turns_of_nested_and_reversed_scans(number, close):
+    w, added = jnp.arange(1.0, 5.0).reshape(2, 2), [2.0, 1.0, 4.0, 3.0]
+    answer = lambda taps: 100 + 0 * sum(taps["t"])
+    (x, ys), taps = jax.jit(read(nested, ["t"], answer_at=("t", number), answer=answer))(w, jnp.asarray(0.0))
+    at = number % 4
+    assert float(x) == 100 + sum(added[at + 1 :])
+    close(ys, 2 * w)
+    # Every pass is read, the one that was answered as it would have been.
+    before = list(np.cumsum(added[: at + 1]))
+    assert [float(t) for t in taps["t"]] == before + list(100 + np.cumsum(added[at + 1 :]))
+
+
+def test_the_answer_sees_what_it_replaces_and_what_was_before_it():
+    seen = []
+    answer = lambda taps: seen.append(len(taps["t"])) or taps["t"][-1] + 1
+    (x, _), _ = read(nested, ["t"], answer_at=("t", 2), answer=answer)(jnp.ones((2, 2)), jnp.asarray(0.0))
+    assert (float(x), seen) == (5.0, [3])
+    slope = jax.grad(lambda v: read(nested, ["t"], answer_at=("t", 2), answer=lambda _: v)(jnp.ones((2, 2)), 0.0)[0][0])
+    assert float(slope(3.0)) == 1
+
+
+def test_a_pass_that_there_is_not_is_refused():
+    for number in (4, -5):
+        with pytest.raises(TapError, match=rf"passes 't' 4 times: there is no pass {number}"):
+            read(nested, ["t"], answer_at=("t", number), answer=lambda taps: 0.0)(jnp.ones((2, 2)), jnp.asarray(0.0))
