@@ -123,13 +123,25 @@ SHARED = {
 """Methods that another paper's experiment replicates."""
 
 
+ALSO = {
+    "d2nwg": ("d2nwg-text",),
+    "logah": ("logah-text",),
+    "stn": ("stn-language",),
+    **dict.fromkeys(
+        ("uniform_soup", "task_arithmetic", "ties", "dare", "breadcrumbs", "fisher_merging"), ("merge-folders",)
+    ),
+}
+"""Further experiments of a method, beside that of its paper."""
+
+
 def held(found: dict[str, dict[str, Any]], name: str, page: str = "experiments/README.md") -> str:
-    """How many of its experiment's claims held, with the way there."""
-    slug = SHARED.get(name, name.replace("_", "-"))
-    if not (claims := found.get(slug, {}).get("claims")):
-        return ""
-    good = sum(c["verdict"] == "holds" for c in claims)
-    return f"[{good} of {len(claims)}]({page}#{slug})"
+    """How many of its experiments' claims held, with the way there."""
+    told = []
+    for slug in (SHARED.get(name, name.replace("_", "-")), *ALSO.get(name, ())):
+        if claims := found.get(slug, {}).get("claims"):
+            good = sum(c["verdict"] == "holds" for c in claims)
+            told.append(f"[{good} of {len(claims)}]({page}#{slug})")
+    return ", ".join(told)
 
 
 def methods_block() -> str:

@@ -9,6 +9,7 @@ side of a hole in the image (whole pixels, 0 to 15, from 4) and the logarithm of
 of two training steps and one validation step of 64 images, 6,000 steps in all, a twentieth of them without validation steps
 (warm-up); scales of the noise tuned, τ = 1e-3. The others train ordinary networks of that size for as many training steps:
 
+    λ held            STN itself without a step of λ: what its twice as many parameters do (no claim; to read claim 1 by)
     start values      fixed throughout
     final values      fixed at STN's last ones
     schedule          STN's values, replayed step by step
@@ -43,10 +44,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import record
+import stn_bench
 import study
-from scipy import stats
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import Matern, WhiteKernel
+from stn_bench import Space, below, chosen, told
 
 from jaxpeft.hyper import cutout, dropout, self_tuning, stn
 from jaxpeft.tune import Hyperparameter, constrain, unconstrain
@@ -61,6 +61,7 @@ SPECS = {
 DROPOUTS = ("input", "hidden 1", "hidden 2")
 LOW = dict.fromkeys(DROPOUTS, 0.01) | {"hole": 0.1, "log penalty": -11.0}
 HIGH = dict.fromkeys(DROPOUTS, 0.7) | {"hole": 14.0, "log penalty": -5.0}
+SPACE = Space(SPECS, LOW, HIGH, DROPOUTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,122 +138,36 @@ def evaluated(params: Any, data: Any) -> Any:
     return jnp.stack([cross_entropy(apply(params, x), y) for x, y in (data["validation"], data["test"])])
 
 
-def batch_of(key: Any, part: Any, size: int) -> Any:
-    rows = jax.random.randint(key, (size,), 0, part[1].shape[0])
-    return part[0][rows], part[1][rows]
-
-
 # ------------------------------------------------------------------------------------------------------------------- runs
 
 
+def rule(rate: Any, steps: int) -> Any:
+    return optax.sgd(lambda n: rate * optax.cosine_decay_schedule(1.0, steps)(n), 0.9)
+
+
 def tuned_run(s: Setup) -> Any:
-    """`(λ_0, rate, λ's rate, key, data) -> (values at every training step, evaluations (e, 2))`, compiled."""
+    """`(λ_0, rate, λ's rate, key, data) -> (values at every training step, evaluations (e, 2), last values)`, compiled."""
     hyper = stn(draw(s.widths), len(SPECS))
 
-    def run(lam: Any, rate: Any, lam_rate: Any, key: Any, data: Any) -> Any:
-        rule = optax.sgd(lambda n: rate * optax.cosine_decay_schedule(1.0, 2 * s.cycles)(n), 0.9)
-        tuner = self_tuning(
+    def tuner(rate: Any, lam_rate: Any) -> Any:
+        return self_tuning(
             apply, hyper, SPECS,
             train_loss=lambda m, b, values, k: regularised(m.apply, b, values, k, squares(m.params())),
             valid_loss=lambda m, b: cross_entropy(m.apply(b[0]), b[1]),
-            optimisers=(rule, optax.adam(lam_rate), optax.adam(lam_rate)), tau=s.tau,
+            optimisers=(rule(rate, 2 * s.cycles), optax.adam(lam_rate), optax.adam(lam_rate)), tau=s.tau,
         )  # fmt: skip
-        state = tuner.init(jax.random.fold_in(key, 1))._replace(lam=lam)
 
-        def cycle(state: Any, at: Any) -> Any:
-            key, number = at
-            a, b, c, *noise = jax.random.split(key, 6)
-            before = constrain(SPECS, state.lam)
-            for k, n in ((a, noise[0]), (b, noise[1])):
-                state, _ = tuner.train_step(state, batch_of(k, data["train"], s.batch), n)
-            tuned, _ = tuner.valid_step(state, batch_of(c, data["validation"], s.batch), noise[2])
-            warm = number < s.cycles // 20
-            return jax.tree.map(lambda x, y: jnp.where(warm, x, y), state, tuned), before
-
-        def stretch(state: Any, at: Any) -> Any:
-            state, values = jax.lax.scan(cycle, state, at)
-            return state, (values, evaluated(tuner.params(state), data))
-
-        keys = jax.random.split(jax.random.fold_in(key, 2), (s.evaluations, s.cycles // s.evaluations))
-        numbers = jnp.arange(keys.size).reshape(keys.shape)
-        state, (values, found) = jax.lax.scan(stretch, state, (keys, numbers))
-        return jnp.repeat(values.reshape(-1, len(SPECS)), 2, 0), found, constrain(SPECS, state.lam)
-
+    run = stn_bench.tuned_run(tuner, SPECS, evaluated, cycles=s.cycles, batch=s.batch, evaluations=s.evaluations)
     return jax.jit(run)
 
 
 def plain_run(s: Setup, steps: int) -> Any:
     """`(values (steps, n), rate, key, data) -> evaluations (e, 2)`, compiled."""
-
-    def run(schedule: Any, rate: Any, key: Any, data: Any) -> Any:
-        params = draw(s.widths)(jax.random.fold_in(key, 1))
-        rule = optax.sgd(lambda n: rate * optax.cosine_decay_schedule(1.0, steps)(n), 0.9)
-
-        def step(state: Any, at: Any) -> Any:
-            (params, moments), (key, values) = state, at
-            rows, noise = jax.random.split(key)
-            batch = batch_of(rows, data["train"], s.batch)
-            named = {n: jnp.full(s.batch, values[i]) for i, n in enumerate(SPECS)}
-            loss = lambda p: regularised(lambda *x: apply(p, *x), batch, named, noise, squares(p))
-            updates, moments = rule.update(jax.grad(loss)(params), moments)
-            return (optax.apply_updates(params, updates), moments), None
-
-        def stretch(state: Any, at: Any) -> Any:
-            state, _ = jax.lax.scan(step, state, at)
-            return state, evaluated(state[0], data)
-
-        each = steps // s.evaluations
-        keys = jax.random.split(jax.random.fold_in(key, 2), (s.evaluations, each))
-        values = schedule[: s.evaluations * each].reshape(s.evaluations, each, -1)
-        return jax.lax.scan(stretch, (params, rule.init(params)), (keys, values))[1]
-
+    loss = lambda p, batch, values, key: regularised(lambda *x: apply(p, *x), batch, values, key, squares(p))
+    run = stn_bench.plain_run(
+        draw(s.widths), rule, loss, SPECS, evaluated, steps=steps, batch=s.batch, evaluations=s.evaluations
+    )
     return jax.jit(run)
-
-
-def chosen(evaluations: Any) -> tuple[float, float]:
-    """(validation loss, test loss) where the former is least; a run that broke off has none."""
-    e = np.nan_to_num(np.asarray(evaluations).reshape(-1, 2), nan=1e9)
-    return tuple(map(float, e[e[:, 0].argmin()]))  # type: ignore[return-value]
-
-
-# --------------------------------------------------------------------------------------------------------------- searches
-
-
-def bounds() -> tuple[np.ndarray, np.ndarray]:
-    """Of the searches, in λ."""
-    return tuple(np.asarray(unconstrain(SPECS, v)) for v in (LOW, HIGH))  # type: ignore[return-value]
-
-
-def random_points(count: int, seed: int) -> np.ndarray:
-    low, high = bounds()
-    return low + (high - low) * np.random.default_rng([seed, 3]).random((count, len(low)))
-
-
-def grid_points(count: int) -> np.ndarray:
-    """Dropouts, hole and penalty at a third and two thirds of their ranges; the first `count`."""
-    low, high = bounds()
-    share = np.array([[d, d, d, h, p] for d in (1 / 3, 2 / 3) for h in (1 / 3, 2 / 3) for p in (1 / 3, 2 / 3)])
-    return low + (high - low) * share[:count]
-
-
-def bayes(evaluate: Any, count: int, seed: int) -> tuple[float, float]:
-    """Four points at random, then those of the largest expected improvement out of 2,000."""
-    low, high = bounds()
-    points = list(random_points(min(4, count), 100 + seed))
-    found = [chosen(evaluate(p)) for p in points]
-    rng = np.random.default_rng([seed, 4])
-    while len(points) < count:
-        x, y = (np.array(points) - low) / (high - low), np.minimum(np.array([v for v, _ in found]), 3.0)
-        kernel = Matern(0.5, (0.1, 10), nu=2.5) + WhiteKernel(1e-3, (1e-6, 1))
-        model = GaussianProcessRegressor(kernel, normalize_y=True)
-        model.fit(x, y)
-        some = rng.random((2000, len(low)))
-        mean, std = model.predict(some, return_std=True)
-        z = (y.min() - mean) / np.maximum(std, 1e-9)
-        gain = (y.min() - mean) * stats.norm.cdf(z) + std * stats.norm.pdf(z)
-        points.append(low + (high - low) * some[gain.argmax()])
-        found.append(chosen(evaluate(points[-1])))
-    return min(found)
 
 
 # ------------------------------------------------------------------------------------------------------------------ all
@@ -299,27 +214,22 @@ def main() -> None:
         whole_run = lambda values, d=data, k=key: whole(values, rate, k, d)
         here = {
             "STN": chosen(found),
+            "λ held": chosen(tune(first, own_rate, 0.0, key, data)[1]),
             "start values": chosen(whole_run(fixed(at(first), steps))),
             "final values": chosen(whole_run(fixed(last, steps))),
             "schedule": chosen(whole_run(path[:steps])),
-            "random": min(chosen(short_run(p)) for p in random_points(s.search, seed)),
-            "grid": min(chosen(short_run(p)) for p in grid_points(s.search)),
-            "Bayes": bayes(short_run, s.search, seed),
-            "random, full": min(chosen(whole_run(fixed(at(p), steps))) for p in random_points(s.search, seed)),
+            "random": min(chosen(short_run(p)) for p in SPACE.random(s.search, seed)),
+            "grid": min(chosen(short_run(p)) for p in SPACE.grid(s.search)),
+            "Bayes": SPACE.bayes(short_run, s.search, seed, worst=3.0),
+            "random, full": min(chosen(whole_run(fixed(at(p), steps))) for p in SPACE.random(s.search, seed)),
         }
         for name, (_, test) in here.items():
             losses.setdefault(name, []).append(test)
         print(f"seed {seed}:", {n: round(t, 4) for n, (_, t) in here.items()}, flush=True)
 
-    rows = [
-        {"method": n, "test_loss": statistics.mean(x), "std": statistics.stdev(x), "details": {"test_loss": x}}
-        for n, x in losses.items()
-    ]
-    gap = lambda name: study.interval([b - a for a, b in zip(losses["STN"], losses[name], strict=True)])
-    told = lambda pair: f"{pair[0]:+.4f} ± {pair[1]:.4f}"
-    over_start, replay = gap("start values"), study.interval(
-        [f - r for f, r in zip(losses["final values"], losses["schedule"], strict=True)]
-    )  # fmt: skip
+    rows = stn_bench.rows_of(losses)
+    gap = lambda name: below(losses, "STN", name)
+    over_start, replay = gap("start values"), below(losses, "schedule", "final values")
     full = statistics.mean(losses["STN"]) / statistics.mean(losses["random, full"])
     begun = [0.05, *s.starts]
     apart = statistics.mean(max(x) - min(x) for x in ([v["input"] for v in e.values()] for e in ends[: s.start_seeds]))
@@ -343,10 +253,7 @@ def main() -> None:
     ]
 
     def figure(axes: Any) -> None:
-        for i, name in enumerate(DROPOUTS):
-            curve = np.stack([p[:, i] for p in paths])
-            axes.plot(curve.mean(0), color=f"C{i}", label=name)
-            axes.fill_between(np.arange(curve.shape[1]), curve.min(0), curve.max(0), color=f"C{i}", alpha=0.2)
+        stn_bench.bands(axes, {n: np.stack([p[:, i] for p in paths]) for i, n in enumerate(DROPOUTS)})
         other = axes.twinx()
         other.plot(np.stack([p[:, 3] for p in paths]).mean(0), "k:", label="hole, pixels")
         axes.set(xlabel="cycle", ylabel="dropout rate")
