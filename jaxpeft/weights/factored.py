@@ -481,7 +481,7 @@ def _einsum(parts: Sequence[Factor], out: str, sizes: dict[str, int], *, first: 
         return set(out) | {c for f in rest for c in f.axes}
 
     if first:
-        todo = _join_masks(todo, current, out)
+        current, todo = _join_masks(current, todo, out)
     while todo:
 
         def left(f: Factor) -> tuple[bool, int]:
@@ -503,17 +503,31 @@ def _einsum(parts: Sequence[Factor], out: str, sizes: dict[str, int], *, first: 
     return _spread(current, out)
 
 
-def _join_masks(factors: list[Factor], x: Factor, out: str) -> list[Factor]:
-    """Multiplies factors that share a letter which x has and the result lacks: they can only be summed together."""
+def _join_masks(x: Factor, factors: list[Factor], out: str) -> tuple[Factor, list[Factor]]:
+    """Brings together factors that share a letter which x has and the result lacks: they can only be summed together.
+
+    One that has no letters but x's (a gate along the summed axis, of each example) is multiplied into x instead, unless
+    that is the larger product: joined with the weight it would make a weight of each example.
+    """
+    known = {c: n for f in (x, *factors) for c, n in f.sizes().items()}
+    size = lambda axes: math.prod(known[c] for c in axes)
     for c in set(x.axes) - set(out):
         sharing = [f for f in factors if c in f.axes]
-        if len(sharing) > 1:
-            joined = sharing[0]
-            for f in sharing[1:]:
-                keep = "".join(dict.fromkeys(joined.axes + f.axes))
-                joined = Factor(_pair(joined, f, keep, {}), keep)
-            factors = [f for f in factors if all(f is not g for g in sharing)] + [joined]
-    return factors
+        if len(sharing) < 2:
+            continue
+        factors = [f for f in factors if all(f is not g for g in sharing)]
+        union = "".join(dict.fromkeys("".join(f.axes for f in sharing)))
+        for f in [f for f in sharing if set(f.axes) <= set(x.axes) and size(x.axes) <= size(union)]:
+            x = Factor(_pair(x, f, x.axes, {}), x.axes)
+            sharing = [g for g in sharing if g is not f]
+        if not sharing:
+            continue
+        joined = sharing[0]
+        for f in sharing[1:]:
+            keep = "".join(dict.fromkeys(joined.axes + f.axes))
+            joined = Factor(_pair(joined, f, keep, {}), keep)
+        factors = [*factors, joined]
+    return x, factors
 
 
 def _inner(options: dict[str, Any]) -> dict[str, Any]:

@@ -117,6 +117,26 @@ def test_tables_and_recurrent_layers_respond_too(key, moved):
     np.testing.assert_allclose(whole, each, atol=1e-5)
 
 
+def test_a_tied_table_is_read_and_multiplied_without_one_of_each_example(key, moved):
+    """Its gate lies along the axis that the output layer sums: it goes into the input, not into the table."""
+
+    class Tied(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            table = nn.Embed(50, 16, name="table")
+            return table.attend(nn.Dense(16, name="inner")(table(ids)))
+
+    ids = jax.random.randint(key, (5, 3), 0, 50)
+    hyper = stn(lambda k: Tied().init(k, ids), 2, embeddings="**/embedding", scale=False)
+    weights, u = moved(hyper.init(key)), jax.random.normal(key, (5, 2))
+    run = per_example(Tied().apply, hyper)
+    each = jnp.stack([Tied().apply(hyper.apply(weights, v), ids[i : i + 1])[0] for i, v in enumerate(u)])
+    np.testing.assert_allclose(run(weights, u, ids), each, atol=1e-5)
+    tables = 5 * 50 * 16 * 4
+    program = jax.jit(lambda w, u, ids: run(w, u, ids).sum()).lower(weights, u, ids).compile()
+    assert program.memory_analysis().temp_size_in_bytes < tables
+
+
 def test_scanned_layers_have_gates_of_their_own(key, moved):
     class Scanned(nn.Module):
         @nn.compact
