@@ -3,7 +3,7 @@
     python experiments/hyper/logah.py            all of it: fifteen to twenty minutes on one core by its operations
     python experiments/hyper/logah.py --smoke    every part once in small; writes nothing unless --out is given
 
-Networks are trained on the 8 x 8 digits (patches of 2 x 2) over a pool of 60 vision Transformers of depth 1 to 3, width 16 to
+Networks are trained on the 8 x 8 digits (patches of 2 x 2) over a pool of 42 vision Transformers of depth 1 to 3, width 16 to
 64 and 2 or 4 heads: a step draws four of them and 32 training images, predicts their weights and takes the mean loss. All
 architectures go through one compiled program: graphs and widths are arguments, and what is beyond a width is masked, which
 the property that smaller matrices are corners of larger ones allows (checked against the ordinary way before training).
@@ -29,7 +29,6 @@ Stated before running, each to be reported as holding or not:
 """
 
 import dataclasses
-import itertools
 import json
 import resource
 import sys
@@ -42,15 +41,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 import jax.numpy as jnp
+import logah_bench as bench
 import numpy as np
-import optax
 import record
 import study
 from safetensors.numpy import save_file
 
 from jaxpeft import data, trees
 from jaxpeft.hyper.graph import Graph, model_graph
-from jaxpeft.hyper.logah import SIZES, frobenius, logah_network
+from jaxpeft.hyper.logah import SIZES, logah_network
 from jaxpeft.models.folder import read_index
 from jaxpeft.models.loading import hf_name, model_from_config
 from jaxpeft.models.names import TRANSFORMS
@@ -60,29 +59,9 @@ PATCHES, PIXELS, CLASSES = 16, 4, 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class Setup(bench.Setup):
     """Sizes of the experiment."""
 
-    size: tuple[int, int, int, int] = (32, 2, 4, 8)
-    reach: int = 512
-    block: tuple[int, int] = (32, 4)
-    depths: tuple[int, ...] = (1, 2, 3)
-    widths: tuple[int, ...] = (16, 24, 32, 40, 48, 56, 64)
-    pool: int = 60
-    nets: int = 4
-    meta_steps: int = 1500
-    meta_rate: float = 1e-3
-    meta_batch: int = 32
-    penalty: float = 3e-5
-    meta_seeds: int = 3
-    unseen: tuple[int, ...] = (96, 128)
-    unseen_depth: int = 4
-    steps: int = 300
-    marks: tuple[int, ...] = (0, 30, 100, 300)
-    chunk: int = 10  # of steps, which the marks are multiples of
-    batch: int = 32
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    seeds: int = 5
     large: tuple[int, int, int, int] = (1280, 36, 20, 50257)  # GPT-2 large: width, layers, heads, words
     shard: int = 500 * 2**20
 
@@ -114,80 +93,28 @@ def spec_of(depth: int, width: int) -> Any:
     }  # fmt: skip
 
 
-def masks_of(depth: int, width: int, heads: int, depth_max: int, width_max: int) -> Any:
-    """Which layers, channels, hidden units and channels of each of four heads a network of these sizes has."""
-    channel = np.arange(width_max)
-    head = channel * heads // width
-    return {
-        "layer": (np.arange(depth_max) < depth).astype(np.float32),
-        "channel": (channel < width).astype(np.float32),
-        "hidden": (np.arange(2 * width_max) < 2 * width).astype(np.float32),
-        "head": ((head == np.arange(4)[:, None]) & (channel < width)).astype(np.float32),
-        "width": np.float32(width),
-        "heads": np.float32(heads),
-    }
-
-
 def forward(params: Any, masks: Any, x: Any) -> Any:
     """Logits of images (b, 16, 4) as patches."""
-    channel, n = masks["channel"], masks["width"]
-    dense = lambda p, x: x @ p["kernel"] + p["bias"]
+    x = (bench.dense(params["patch"], x) + params["position"]) * masks["channel"]
+    x = bench.run_layers(params["layers"], x, masks)
+    return bench.dense(params["head"], bench.norm(params["norm"], x, masks).mean(1))
 
-    def norm(p: Any, x: Any) -> Any:
-        x = (x - (x * channel).sum(-1, keepdims=True) / n) * channel
-        return (x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) / n + 1e-5) * p["scale"] + p["bias"]) * channel
 
-    def layer(x: Any, one: Any) -> Any:
-        p, there = one
-        y = norm(p["norm1"], x)
-        q, v = (dense(p[k], y)[:, None] * masks["head"][None, :, None] for k in ("q", "v"))
-        logits = jnp.einsum("bhtc,bsc->bhts", q, dense(p["k"], y)) * jnp.sqrt(masks["heads"] / n)
-        y = jnp.einsum("bhts,bhsc->btc", jax.nn.softmax(logits, -1), v)
-        x = x + dense(p["out"], y) * channel * there
-        y = jax.nn.gelu(dense(p["up"], norm(p["norm2"], x))) * masks["hidden"]
-        return x + dense(p["down"], y) * channel * there, None
-
-    x = (dense(params["patch"], x) + params["position"]) * channel
-    x, _ = jax.lax.scan(layer, x, (params["layers"], masks["layer"]))
-    return dense(params["head"], norm(params["norm"], x).mean(1))
+def apply_of(depth: int, width: int, heads: int) -> Any:
+    """`(params, x) -> logits` of a network of its own sizes."""
+    masks = bench.masks_of(depth, width, heads, depth, width)
+    return lambda p, x: forward(p, masks, x)
 
 
 def graph_of(depth: int, width: int, heads: int, nodes: int | None = None) -> Graph:
-    masks = masks_of(depth, width, heads, depth, width)
-    return model_graph(
-        lambda p, x: forward(p, masks, x), spec_of(depth, width), jnp.ones((1, PATCHES, PIXELS)), nodes=nodes
-    )
+    inputs = jnp.ones((1, PATCHES, PIXELS))
+    return model_graph(apply_of(depth, width, heads), spec_of(depth, width), inputs, nodes=nodes)
 
 
-def pool_of(s: Setup) -> tuple[Any, tuple, list[tuple[int, int, int]]]:
-    """The pool as stacked arrays: graphs, where the largest one's slots are in each, masks; its slots; the sizes."""
-    every = [(d, w, h) for d, w, h in itertools.product(s.depths, s.widths, (2, 4))]
-    chosen = [every[i] for i in np.random.default_rng(0).permutation(len(every))[: s.pool]]
-    deep, wide = max(s.depths), max(s.widths)
-    largest = graph_of(deep, wide, 4)
-    n, members = len(largest.op), []
-    for d, w, h in chosen:
-        graph = graph_of(d, w, h, n)
-        node = {(t.path, t.index): t.node for t in graph.slots}
-        order = np.zeros(n, np.int32)
-        for t in largest.slots:
-            order[t.node] = node.get((t.path, t.index), 0)
-        members.append({"graph": graph.arrays(), "order": order, "masks": masks_of(d, w, h, deep, wide)})
-    return trees.stack(members), largest.slots, chosen
-
-
-def widened(network: Any, weights: Any, one: Any, slots: Any, s: Setup) -> Any:
-    """One member's weights at the pool's largest sizes: its own, and beyond its width what is masked."""
-    made = network.decode(weights, network.encode(weights, one["graph"])[one["order"]], slots)
-    spec = spec_of(max(s.depths), max(s.widths))
-    by: dict[str, list[Any]] = {}
-    for path, index in sorted(made):
-        by.setdefault(path, []).append(made[path, index])
-    params = trees.replace_leaves(
-        spec, {p: jnp.stack(by[p]) if p.startswith("layers/") else by[p][0] for p in trees.by_path(spec)}
-    )
+def fitted(params: Any, masks: Any, s: Setup) -> Any:
+    """What was decoded at the largest sizes as a member's own; see `bench.Family`."""
     # Matrices were scaled by the largest fan-in; all but the patches' grow with the width.
-    masks, gain = one["masks"], jnp.sqrt(max(s.widths) / one["masks"]["width"])
+    gain = jnp.sqrt(max(s.widths) / masks["width"])
 
     def fit(path: str, x: Any) -> Any:
         kernel = path.endswith("kernel") and not path.startswith("patch")
@@ -199,123 +126,20 @@ def widened(network: Any, weights: Any, one: Any, slots: Any, s: Setup) -> Any:
     return trees.replace_leaves(params, {p: fit(p, x) for p, x in trees.by_path(params).items()})
 
 
-def checked(network: Any, pool: Any, slots: Any, sizes: Any, s: Setup, x: Any) -> float:
-    """The largest difference of logits between the padded program and the ordinary way, over the first two members.
-
-    Raises:
-      AssertionError: it is more than rounding.
-    """
-    weights, worst = jax.jit(network.init)(jax.random.key(0)), 0.0
-    wide = jax.jit(lambda w, one: forward(widened(network, w, one, slots, s), one["masks"], x))
-    for i, (d, w, h) in enumerate(sizes[:2]):
-        padded = wide(weights, jax.tree.map(lambda a, i=i: a[i], pool))
-        graph, spec, masks = graph_of(d, w, h), spec_of(d, w), masks_of(d, w, h, d, w)
-        plain = jax.jit(lambda v, g=graph, t=spec, m=masks: forward(network.predict(v, g, t), m, x))(weights)
-        worst = max(worst, float(jnp.abs(padded - plain).max() / jnp.abs(plain).max()))
-    if worst > 1e-3:
-        raise AssertionError(f"the padded program differs from the ordinary one by {worst:.1e}")
-    return worst
+FAMILY = bench.Family(spec_of, graph_of, apply_of, forward, fitted)
 
 
-# ----------------------------------------------------------------------------------------------------------- training
-
-
-def meta_trained(network: Any, pool: Any, slots: Any, s: Setup, x: Any, y: Any) -> tuple[list[Any], np.ndarray]:
-    """The weights of each seed, and the losses (seeds, steps)."""
-    shape = optax.warmup_cosine_decay_schedule(0.0, s.meta_rate, max(1, s.meta_steps // 20), s.meta_steps)
-    rule = optax.chain(optax.clip_by_global_norm(5.0), optax.adamw(shape, weight_decay=1e-2))
-
-    @jax.jit
-    def run(key: Any) -> Any:
-        first, second = jax.random.split(key)
-        weights = network.init(first)
-
-        def step(state: Any, key: Any) -> Any:
-            weights, moments = state
-            which, rows = jax.random.split(key)
-            some = jax.tree.map(lambda a: a[jax.random.randint(which, (s.nets,), 0, a.shape[0])], pool)
-            rows = jax.random.randint(rows, (s.meta_batch,), 0, y.shape[0])
-
-            def loss(w: Any) -> Any:
-                def one(member: Any) -> Any:
-                    params = widened(network, w, member, slots, s)
-                    logits = forward(params, member["masks"], x[rows])
-                    each = optax.softmax_cross_entropy_with_integer_labels(logits, y[rows])
-                    return each.mean(), frobenius(params)
-
-                losses, norms = jax.vmap(one)(some)
-                return losses.mean() + s.penalty * norms.mean(), losses.mean()
-
-            (_, value), grads = jax.value_and_grad(loss, has_aux=True)(weights)
-            updates, moments = rule.update(grads, moments, weights)
-            return (optax.apply_updates(weights, updates), moments), value
-
-        (weights, _), losses = jax.lax.scan(step, (weights, rule.init(weights)), jax.random.split(second, s.meta_steps))
-        return weights, losses
-
-    made = [run(jax.random.fold_in(jax.random.key(5), seed)) for seed in range(s.meta_seeds)]
-    return [w for w, _ in made], np.stack([np.asarray(losses) for _, losses in made])
-
-
-def lecun(key: Any, spec: Any) -> Any:
-    """A random start: matrices N(0, 1 / fan-in), positions N(0, 0.02²), norms' scales 1, biases 0."""
-    flat = trees.by_path(spec)
-    keys = dict(zip(flat, jax.random.split(key, len(flat))))
-
-    def leaf(path: str, x: Any) -> Any:
-        if path.endswith(("kernel", "position")):
-            std = 0.02 if path == "position" else x.shape[-2] ** -0.5
-            return std * jax.random.normal(keys[path], x.shape)
-        return jnp.full(x.shape, float(path.endswith("scale")))
-
-    return trees.replace_leaves(spec, {p: leaf(p, x) for p, x in flat.items()})
+def lecun(path: str, x: Any) -> float | None:
+    """Deviations of a random start: matrices N(0, 1 / fan-in), positions N(0, 0.02²)."""
+    if path.endswith(("kernel", "position")):
+        return 0.02 if path == "position" else x.shape[-2] ** -0.5
+    return None
 
 
 def trainer(width: int, s: Setup) -> tuple[Any, Any]:
-    """Training and testing of the unseen network.
-
-    `(params, rate, rows (steps, b), train) -> params (marks, ...)` and `(params (marks, ...), seen) -> accuracies (marks,)`
-    """
-    masks = masks_of(s.unseen_depth, width, 4, s.unseen_depth, width)
-    rule = optax.scale_by_adam()
-    at = np.array([m // s.chunk - 1 for m in s.marks[1:]])
-
-    @jax.jit
-    def run(params: Any, rate: Any, rows: Any, train: Any) -> Any:
-        x, y = train
-
-        def step(state: Any, rows: Any) -> Any:
-            params, moments = state
-            loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(forward(p, masks, x[rows]), y[rows]).mean()
-            updates, moments = rule.update(jax.grad(loss)(params), moments)
-            return (jax.tree.map(lambda p, u: p - rate * u, params, updates), moments), None
-
-        def chunk(state: Any, rows: Any) -> Any:
-            state, _ = jax.lax.scan(step, state, rows)
-            return state, state[0]
-
-        chunks = rows.reshape(-1, s.chunk, rows.shape[-1])
-        _, kept = jax.lax.scan(chunk, (params, rule.init(params)), chunks)
-        return jax.tree.map(lambda p, k: jnp.concatenate([p[None], k[at]]), params, kept)
-
-    def accuracy(params: Any, seen: Any) -> Any:
-        x, y = seen
-        return jax.lax.map(lambda p: (forward(p, masks, x).argmax(-1) == y).mean(), params)
-
-    return run, jax.jit(accuracy)
-
-
-def evaluated(programs: Any, name: str, starts: Any, parts: Mapping[str, Any], s: Setup) -> dict[str, Any]:
-    """One start on one network: the rate by validation, then the test accuracies of each seed at each mark."""
-    run, accuracy = programs
-    rows = lambda seed: study.rows_of(len(parts["train"][1]), s.steps, s.batch, seed)
-    trained = lambda seed, rate: run(starts(seed), rate, rows(seed), parts["train"])
-    tried = {r: float(accuracy(trained(1000, r), parts["validation"])[-1]) for r in map(float, s.rates)}
-    rate = max(tried, key=lambda r: tried[r])
-    test = np.stack([np.asarray(accuracy(trained(i, rate), parts["test"])) for i in range(s.seeds)])
-    marks = {f"after_{m}": float(v) for m, v in zip(s.marks, test.mean(0))}
-    print(f"{name:>40}: rate {rate:g}, " + ", ".join(f"{k[6:]} {100 * v:.1f}" for k, v in marks.items()), flush=True)
-    return {"method": name, "rate": rate, **marks, "details": {"test": test.tolist(), "validation_by_rate": tried}}
+    """Training of the unseen network, and its accuracy."""
+    apply = apply_of(s.unseen_depth, width, 4)
+    return bench.trainer(apply, lambda p, x, y: (apply(p, x).argmax(-1) == y).mean(), s)
 
 
 # -------------------------------------------------------------------------------------------------------------- large
@@ -434,17 +258,18 @@ def main() -> None:
     }
     digits = images_of("digits")
     x, y = digits["train"]
-    pool, slots, sizes = pool_of(s)
+    pool, slots, sizes = bench.pool_of(FAMILY, s)
     trained, curves = {}, {}
     for name, network in networks.items():
-        print(f"{name}: padded and ordinary logits differ by {checked(network, pool, slots, sizes, s, x[:4]):.0e}")
-        trained[name], curves[name] = meta_trained(network, pool, slots, s, x, y)
+        differ = bench.checked(FAMILY, network, pool, slots, sizes, s, x[:4])
+        print(f"{name}: padded and ordinary logits differ by {differ:.0e}")
+        trained[name], curves[name] = bench.meta_trained(FAMILY, network, pool, slots, s, x, y)
         print(f"{name}: meta-training loss {curves[name][:, -50:].mean():.3f}", flush=True)
 
     def starts_of(kind: str, width: int) -> Any:
         spec = spec_of(s.unseen_depth, width)
         if kind == "random":
-            draw = jax.jit(lambda key: lecun(key, spec))
+            draw = jax.jit(lambda key: bench.drawn(key, spec, lecun))
             return lambda seed: draw(jax.random.key(seed))
         graph = graph_of(s.unseen_depth, width, 4)
         predict = jax.jit(lambda w: networks[kind].predict(w, graph, spec))
@@ -461,7 +286,8 @@ def main() -> None:
             ("Fashion", fashion, ("random", "LoGAH")),
         ):
             for kind in kinds if name == "digits" or width == s.unseen[0] else ():
-                row = evaluated(programs, f"{kind}, width {width}, {name}", starts_of(kind, width), parts, s)
+                title, starts = f"{kind}, width {width}, {name}", starts_of(kind, width)
+                row = bench.evaluated(programs, title, starts, parts, s, rates=s.rates)
                 by[kind, width, name] = np.asarray(row["details"]["test"])
                 rows.append(row)
 

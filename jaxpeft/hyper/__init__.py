@@ -38,7 +38,7 @@ from jaxpeft.hyper.layers import (
     trunk_start,
     zeros,
 )
-from jaxpeft.hyper.logah import SIZES, GraphHyperNetwork, frobenius, logah, logah_network
+from jaxpeft.hyper.logah import SIZES, GraphHyperNetwork, frobenius, logah, logah_network, with_noise
 from jaxpeft.hyper.mip import mip, mip_encode
 from jaxpeft.hyper.stn import Responding, Tuner, Tuning, cutout, dropout, self_tuning, stn
 from jaxpeft.hyper.tleg import depth_coefficients, tleg, tleg_expand, tleg_fit, tleg_kd_loss, tleg_r2
@@ -100,5 +100,6 @@ __all__ = [
     "trunk_start",
     "tunable_conv",
     "weight_diffusion",
+    "with_noise",
     "zeros",
 ]

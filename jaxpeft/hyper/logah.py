@@ -18,6 +18,9 @@ What is predicted is brought to the scale of an initialisation:
 
 Letters: d width, r rank, K reach, G a group of nodes whose tensors are alike, decoded in one vmap.
 
+Nodes that stand alike in a graph, as query and key of one shape do, get the same weights: fuse them into one matrix, or go on
+from `with_noise`.
+
 Only as many rows of Y are made as are needed: the (2r, K) → (2K, r) reading is of memory, so that the first m rows of A lie in
 the first ⌈m r / K⌉ rows of Y. Where K is far over the widths, one row of Z, r numbers, is all that a matrix is made from.
 
@@ -44,7 +47,7 @@ from jaxpeft.hyper.graphormer import dense_start, encode, encoder_start, vocabul
 from jaxpeft.hyper.hypernetwork import Hypernetwork, TargetError, as_spec, register_hypernetwork, split_target
 from jaxpeft.weights.factored import Factor, Factored, Term, names
 
-__all__ = ["SIZES", "GraphHyperNetwork", "frobenius", "logah", "logah_network"]
+__all__ = ["SIZES", "GraphHyperNetwork", "frobenius", "logah", "logah_network", "with_noise"]
 
 SIZES = {"tiny": (64, 3, 8, 32), "small": (128, 5, 16, 90), "base": (256, 5, 16, 128), "large": (256, 12, 16, 256)}
 
@@ -202,6 +205,23 @@ def frobenius(params: PyTree) -> Float[Array, ""]:
     """Σ ‖p‖ over the tensors, not squared: the penalty of training, 3e-5 times in the reference; its gradient at 0 is 0."""
     squares = [jnp.square(x).sum() for x in jax.tree.leaves(params)]
     return sum((jnp.where(s > 0, jnp.sqrt(jnp.where(s > 0, s, 1.0)), 0.0) for s in squares), jnp.zeros(()))
+
+
+def with_noise(key: Key[Array, ""], params: PyTree, beta: Any = 1e-5) -> PyTree:
+    """Predicted weights with normal noise of `beta` times each tensor's deviation, for training to go on from.
+
+    Nodes that a graph cannot tell apart (a query and a key of one shape, rows that a decoder tiles) are predicted alike, and
+    units that are alike have one gradient and stay so. (The reference's option, with its 1e-5.)
+    """
+    flat = trees.by_path(params)
+    keys = dict(zip(flat, jax.random.split(key, len(flat)), strict=True))
+
+    def noisy(path: str, x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return x + (beta * x.std() * jax.random.normal(keys[path], x.shape)).astype(x.dtype)
+
+    return trees.replace_leaves(params, {p: noisy(p, x) for p, x in flat.items()})
 
 
 # ------------------------------------------------------------------------------------------------------ which are alike

@@ -18,7 +18,7 @@ from jaxpeft.files import load_hypernetwork, save_hypernetwork
 from jaxpeft.hyper import TargetError
 from jaxpeft.hyper.graph import OPS, Graph, Slot, model_graph
 from jaxpeft.hyper.graphormer import channel_ids, encode, encoder_start, spatial_ids, vocabulary
-from jaxpeft.hyper.logah import SIZES, frobenius, logah, logah_network
+from jaxpeft.hyper.logah import SIZES, frobenius, logah, logah_network, with_noise
 from jaxpeft.interpret import lift
 from jaxpeft.models.decoder import Decoder, DecoderConfig
 from jaxpeft.models.vit import ImageClassifier, VisionConfig
@@ -298,6 +298,17 @@ def test_the_deviation_is_differentiated(key):
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(1.0)
     assert abs(float(gradient)) < 1e-5 < abs(float(value))
+
+
+def test_noise_tells_units_apart_by_a_share_of_each_tensors_deviation(key):
+    """A query and a key that the graph cannot tell apart are predicted alike; counters stay as they are."""
+    x = 3 * jax.random.normal(key, (400, 50))
+    params = {"q": x, "k": x, "step": jnp.asarray(3)}
+    noisy = jax.jit(with_noise)(key, params, 1e-2)
+    for a in (noisy["q"] - x, noisy["k"] - x, (noisy["q"] - noisy["k"]) / jnp.sqrt(2.0)):
+        assert float(a.std()) == pytest.approx(3e-2, rel=0.03)
+    assert int(noisy["step"]) == 3
+    np.testing.assert_array_equal(with_noise(key, params, 0.0)["q"], x)
 
 
 def test_the_penalty_is_a_sum_of_norms_with_a_gradient_everywhere():
