@@ -33,6 +33,7 @@ from jaxpeft.models import (
     stack_layers,
 )
 from jaxpeft.models.layers import Block, Norm, attention_bias
+from jaxpeft.updates import descend
 
 quick = pytest.mark.usefixtures("quick")
 SMALL = dict(width=16, layers=3, heads=4, head_dim=4, mlp_width=32, init_std=0.3, plain=True)
@@ -664,19 +665,7 @@ def test_it_learns_with_the_backbone_untouched():
     delta = jax.jit(adapted.init)(jax.random.key(1), params, *inputs)
     labels = np.arange(4) % 3
     loss = lambda d: optax.softmax_cross_entropy_with_integer_labels(adapted.apply(params, d, *inputs), labels).mean()
-    adam = optax.adam(1e-2)
-
-    @jax.jit
-    def train(delta):
-        def step(carry, _):
-            d, state = carry
-            value, grads = jax.value_and_grad(loss)(d)
-            updates, state = adam.update(grads, state)
-            return (optax.apply_updates(d, updates), state), value
-
-        return jax.lax.scan(step, (delta, adam.init(delta)), length=60)
-
-    _, losses = train(delta)
+    _, losses = jax.jit(lambda d: descend(lambda d, _: loss(d), d, optax.adam(1e-2), jnp.zeros(60)))(delta)
     assert float(losses[-1]) < 0.02 < 0.5 < float(losses[0])
 
 

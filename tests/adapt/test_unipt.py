@@ -17,6 +17,7 @@ from jaxpeft import adapt, chain, from_config, head, lora, prompt_tuning, read, 
 from jaxpeft.adapt.unipt import confidence, interaction, parallel, unipt, up, weights
 from jaxpeft.models import Encoder, SequenceClassifier, mean_pool, stack_layers
 from jaxpeft.readers import TapError
+from jaxpeft.updates import descend
 
 pytestmark = pytest.mark.usefixtures("quick")
 GOLDEN = load_file(Path(__file__).parents[2] / "third_party" / "unipt" / "golden.safetensors")
@@ -351,19 +352,7 @@ def test_it_learns_on_a_vit_with_the_backbone_untouched():
     delta = jax.jit(adapted.init)(jax.random.key(1), params, *inputs)
     labels = np.arange(4) % 3
     loss = lambda d: optax.softmax_cross_entropy_with_integer_labels(adapted.apply(params, d, *inputs), labels).mean()
-    adam = optax.adam(1e-2)
-
-    @jax.jit
-    def train(delta):
-        def step(carry, _):
-            d, state = carry
-            value, grads = jax.value_and_grad(loss)(d)
-            updates, state = adam.update(grads, state)
-            return (optax.apply_updates(d, updates), state), value
-
-        return jax.lax.scan(step, (delta, adam.init(delta)), length=60)
-
-    _, losses = train(delta)
+    _, losses = jax.jit(lambda d: descend(lambda d, _: loss(d), d, optax.adam(1e-2), jnp.zeros(60)))(delta)
     assert float(losses[-1]) < 0.02 < 0.5 < float(losses[0])
 
 
