@@ -67,25 +67,32 @@ def anchor_l1(params: PyTree, anchor: PyTree) -> Array:
 
 
 def descend(
-    loss: Callable[[PyTree, Any], Array], start: PyTree, optimiser: optax.GradientTransformation, xs: PyTree
-) -> tuple[PyTree, Array]:
+    loss: Callable[[PyTree, Any], Any],
+    start: PyTree,
+    optimiser: optax.GradientTransformation,
+    xs: PyTree,
+    *,
+    has_aux: bool = False,
+) -> tuple[PyTree, Any]:
     """A step of gradient descent for each entry of `xs`, as one scan.
 
     Args:
-      loss: `(weights, x) -> scalar`; static.
+      loss: `(weights, x) -> scalar`, with `has_aux` a pair of that and more; static.
       start: the weights.
       optimiser: optax; it may hold traced numbers.
       xs: leaves (steps, ...): keys, rows, batches.
+      has_aux: as in `jax.grad`.
 
     Returns:
-      The weights after the last step, and each step's loss before it (steps,).
+      The weights after the last step, and each step's loss before it (steps,), with `has_aux` a pair of those and what else
+      each step gave.
     """
 
     def one(state: Any, x: Any) -> Any:
         weights, moments = state
-        value, grads = jax.value_and_grad(loss)(weights, x)
+        value, grads = jax.value_and_grad(loss, has_aux=has_aux)(weights, x)
         updates, moments = optimiser.update(grads, moments, weights)
         return (optax.apply_updates(weights, updates), moments), value
 
-    (weights, _), losses = jax.lax.scan(one, (start, optimiser.init(start)), xs)
-    return weights, losses
+    (weights, _), values = jax.lax.scan(one, (start, optimiser.init(start)), xs)
+    return weights, values

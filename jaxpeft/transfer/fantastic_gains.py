@@ -27,6 +27,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxpeft.distillation import check_alike, kl_loss
+from jaxpeft.updates import descend
 
 __all__ = [
     "Flips",
@@ -240,18 +241,15 @@ def transfer(
       ValueError: shapes that do not agree.
     """
 
-    def one(state: Any, rows: Any) -> Any:
-        new, moments = state
+    def loss(new: Any, rows: Any) -> Any:
         some = jax.tree.map(lambda x: x[rows], x)
         targets, source = dp_targets(z_teachers[:, rows], apply_fn(params, some), None if y is None else y[rows])
-        loss, grads = jax.value_and_grad(lambda p: kl_loss(apply_fn(p, some), targets, T))(new)
-        updates, moments = optimiser.update(grads, moments, new)
-        return (optax.apply_updates(new, updates), moments), (loss, (source >= 0).mean())
+        return kl_loss(apply_fn(new, some), targets, T), (source >= 0).mean()
 
     z_teachers, y = jnp.asarray(z_teachers), None if y is None else jnp.asarray(y)
     if z_teachers.ndim != 3:
         raise ValueError(f"teachers' logits {z_teachers.shape}: expected (K, n, C)")
-    (new, _), (losses, shares) = lax.scan(one, (params, optimiser.init(params)), rows)
+    new, (losses, shares) = descend(loss, params, optimiser, rows, has_aux=True)
     return new, losses, shares
 
 

@@ -50,6 +50,7 @@ from jaxpeft.transfer.robust_heads import (
     three_heads,
     uncertainty_of,
 )
+from jaxpeft.updates import descend
 
 __all__ = [
     "CLEAN",
@@ -249,8 +250,7 @@ def tune(
     weigh = weigh or (lambda z, inputs, key: teacher_weight(jax.nn.softmax(z, -1)))
     y = jnp.asarray(y)
 
-    def one(state: Any, at: Any) -> Any:
-        tuned, moments = state
+    def loss(tuned: Any, at: Any) -> Array:
         rows, key = at
         changed, dropped, weighed = jax.random.split(key, 3)
         clean = jax.tree.map(lambda x: x[rows], x)
@@ -258,16 +258,9 @@ def tune(
         labels, augmented = jnp.tile(y[rows], 2), jnp.arange(2 * rows.shape[0]) >= rows.shape[0]
         z_teacher = teacher(both)
         a = weigh(z_teacher, both, weighed)
+        z = head_logits(tuned[1], encode(tuned[0], both), dropped, dropout=dropout, apply_head=apply_head)
+        return robust_kd_loss(z, labels, z_teacher, augmented, a, lam, tau, shares=shares)
 
-        def loss(tuned: Any) -> Array:
-            z = head_logits(tuned[1], encode(tuned[0], both), dropped, dropout=dropout, apply_head=apply_head)
-            return robust_kd_loss(z, labels, z_teacher, augmented, a, lam, tau, shares=shares)
-
-        value, grads = jax.value_and_grad(loss)(tuned)
-        updates, moments = optimiser.update(grads, moments, tuned)
-        return (optax.apply_updates(tuned, updates), moments), value
-
-    start = (delta, heads)
     steps = (jnp.asarray(rows), jax.random.split(key, len(rows)))
-    ((delta, heads), _), losses = lax.scan(one, (start, optimiser.init(start)), steps)
+    (delta, heads), losses = descend(loss, (delta, heads), optimiser, steps)
     return delta, heads, losses
