@@ -56,14 +56,19 @@ class Setup:
 
 
 def masks_of(depth: int, width: int, heads: int, depth_max: int, width_max: int) -> Any:
-    """Which layers, channels, hidden units (twice the width) and channels of each head a network of these sizes has."""
+    """Which layers, channels, hidden units (twice the width) and channels of each head a network of these sizes has.
+
+    "place": where each column of the largest query, key and value, one of them behind another, lies in a member's.
+    """
     channel = np.arange(width_max)
     head = channel * heads // width
+    part, column = np.divmod(np.arange(3 * width_max), width_max)
     return {
         "layer": (np.arange(depth_max) < depth).astype(np.float32),
         "channel": (channel < width).astype(np.float32),
         "hidden": (np.arange(2 * width_max) < 2 * width).astype(np.float32),
         "head": ((head == np.arange(HEADS)[:, None]) & (channel < width)).astype(np.float32),
+        "place": np.where(column < width, part * width + column, 0).astype(np.int32),
         "width": np.float32(width),
         "heads": np.float32(heads),
     }
@@ -81,13 +86,17 @@ def norm(p: Any, x: Any, masks: Any) -> Any:
 
 
 def run_layers(layers: Any, x: Any, masks: Any, causal: bool = False) -> Any:
-    """Pre-norm blocks over x (b, t, c); `layers` are norm1, q, k, v, out, norm2, up and down, stacked."""
+    """Pre-norm blocks over x (b, t, c); `layers` are norm1, qkv, out, norm2, up and down, stacked.
+
+    Query, key and value are one matrix: in a graph in which they are three, query and key stand alike.
+    """
 
     def layer(x: Any, one: Any) -> Any:
         p, there = one
         y = norm(p["norm1"], x, masks)
-        q, v = (dense(p[k], y)[:, None] * masks["head"][None, :, None] for k in ("q", "v"))
-        logits = jnp.einsum("bhtc,bsc->bhts", q, dense(p["k"], y)) * jnp.sqrt(masks["heads"] / masks["width"])
+        q, k, v = jnp.split(dense(p["qkv"], y), 3, -1)
+        q, v = (z[:, None] * masks["head"][None, :, None] for z in (q, v))
+        logits = jnp.einsum("bhtc,bsc->bhts", q, k) * jnp.sqrt(masks["heads"] / masks["width"])
         if causal:
             logits = jnp.where(np.tri(x.shape[1], dtype=bool), logits, -1e30)
         y = jnp.einsum("bhts,bhsc->btc", jax.nn.softmax(logits, -1), v)
@@ -109,7 +118,6 @@ class Family:
       forward: `(params, masks, x) -> logits` at the pool's largest sizes.
       fit: `(params, masks, setup) -> params`: what was decoded at the largest sizes brought to a member's scale, zero beyond
         it.
-      masks: `masks_of`, or that with more.
     """
 
     spec: Callable[[int, int], Any]
@@ -117,7 +125,6 @@ class Family:
     apply: Callable[[int, int, int], Callable[..., Any]]
     forward: Callable[..., Any]
     fit: Callable[..., Any]
-    masks: Callable[..., Any] = masks_of
 
 
 def pool_of(family: Family, s: Setup) -> tuple[Any, tuple, list[tuple[int, int, int]]]:
@@ -133,7 +140,7 @@ def pool_of(family: Family, s: Setup) -> tuple[Any, tuple, list[tuple[int, int, 
         order = np.zeros(n, np.int32)
         for t in largest.slots:
             order[t.node] = node.get((t.path, t.index), 0)
-        members.append({"graph": graph.arrays(), "order": order, "masks": family.masks(d, w, h, deep, wide)})
+        members.append({"graph": graph.arrays(), "order": order, "masks": masks_of(d, w, h, deep, wide)})
     return trees.stack(members), largest.slots, chosen
 
 

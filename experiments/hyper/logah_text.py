@@ -144,23 +144,13 @@ def graph_of(depth: int, width: int, heads: int, nodes: int | None = None) -> Gr
     return model_graph(model_of(depth, width, heads).apply, spec_of(depth, width), inputs, nodes=nodes)
 
 
-def masks_of(depth: int, width: int, heads: int, depth_max: int, width_max: int) -> Any:
-    """With where each column of the largest query, key and value lies in a member's, one of them behind another."""
-    part, channel = np.divmod(np.arange(3 * width_max), width_max)
-    place = np.where(channel < width, part * width + channel, 0).astype(np.int32)
-    return {**bench.masks_of(depth, width, heads, depth_max, width_max), "place": place}
-
-
 def forward(params: Any, masks: Any, ids: Any) -> Any:
     """Logits (b, t, 32) of a member at the largest sizes."""
     p = params["params"]
     table, positions = (p["embeddings"][k]["embedding"] for k in ("word", "position"))
     attention, mlp = p["layers"]["attention"], p["layers"]["mlp"]
-    qkv = {name: jnp.split(x, 3, -1) for name, x in attention["qkv"].items()}
-    layers = {
-        "norm1": p["layers"]["attention_norm"], "norm2": p["layers"]["mlp_norm"], "out": attention["out"], **mlp,
-        **{k: {name: x[i] for name, x in qkv.items()} for i, k in enumerate("qkv")},
-    }  # fmt: skip
+    norms = {"norm1": p["layers"]["attention_norm"], "norm2": p["layers"]["mlp_norm"]}
+    layers = {**norms, "qkv": attention["qkv"], "out": attention["out"], **mlp}
     x = bench.run_layers(layers, table[ids] + positions[: ids.shape[1]], masks, causal=True)
     return bench.norm(p["final_norm"], x, masks) @ table.T
 
@@ -189,7 +179,7 @@ def scaled(x: Any, own: Any) -> Any:
     return x * (STD / (spread + 1e-7)) * own
 
 
-FAMILY = bench.Family(spec_of, graph_of, lambda *sizes: model_of(*sizes).apply, forward, fitted, masks_of)
+FAMILY = bench.Family(spec_of, graph_of, lambda *sizes: model_of(*sizes).apply, forward, fitted)
 
 
 def unscaled(slots: Any) -> tuple:
