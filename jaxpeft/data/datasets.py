@@ -11,25 +11,23 @@ same validation examples, so nothing is ever chosen on the test part or on examp
 from __future__ import annotations
 
 import contextlib
-import csv
-import difflib
 import io
 import itertools
-import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Int
 
-from jaxpeft.data import _raw
+from jaxpeft.data import _raw, own
 from jaxpeft.data._files import cache_dir, locked, offline
 from jaxpeft.data._order import held_out, order
 from jaxpeft.data.assets import fetch
+from jaxpeft.data.splits import DatasetError, Kind, Split
 
 __all__ = ["NAMES", "TEXTS", "Dataset", "DatasetError", "Split", "TextSet", "load", "load_text", "subsample"]
 
@@ -40,36 +38,6 @@ TEXTS = ("friends-transcripts", "book-excerpts")
 """The built-in sets of running text, for language modelling."""
 
 _TEST_SHARE = 0.2  # of a user's own examples when no test file is given
-
-
-class DatasetError(ValueError):
-    """A data set that is unknown, or whose content cannot be trained or scored on."""
-
-
-Kind = Literal["text", "image"]
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Examples and their classes.
-
-    Attributes:
-      inputs: n texts, or images (n, height, width, channels) uint8 with values 0..`Dataset.pixel_max`.
-      labels: (n,) int32 in [0, number of classes).
-    """
-
-    inputs: tuple[str, ...] | UInt8[np.ndarray, "n h w c"]
-    labels: Int32[np.ndarray, "n"]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, indices: Sequence[int] | Int[np.ndarray, "m"]) -> Split:
-        """The examples at `indices`, in that order."""
-        at = np.asarray(indices, np.int64)
-        inputs = self.inputs
-        part = inputs[at] if isinstance(inputs, np.ndarray) else tuple(inputs[i] for i in at.tolist())
-        return Split(part, self.labels[at])
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,10 +111,9 @@ def load(
     """Loads a data set; fetches and prepares it in the cache the first time.
 
     Args:
-      name: one of `NAMES`; any tensorflow-datasets name ("mnist", "glue/sst2"); or the user's own examples: a `.tsv`,
-        `.csv` or `.jsonl` file, or a folder with `train`, and if there are `validation` and `test`, files of these
-        kinds, each with the columns (fields) `text` and `label`. Without a test file 20 % are held out (stratified,
-        seed 0).
+      name: one of `NAMES`; any tensorflow-datasets name ("mnist", "glue/sst2"); or the path of the user's own examples, see
+        `jaxpeft.data.own`: texts in `.tsv`, `.csv` or `.jsonl`, pictures in `.npz` or in a folder for each class; one file or
+        folder, or one of each split. Without a test split 20 % are held out (stratified, seed 0).
       validation: what is held out of train, as a share in [0, 1) or a count (an int, 1 and more); ignored where the
         source has a validation split of its own.
       seed: chooses the validation examples, and nothing else. Keep it when the training seed changes.
@@ -168,9 +135,8 @@ def load(
     text = str(name)
     if text in NAMES:
         splits, labels, kind, pixel_max = _built_in(text)
-    elif isinstance(name, Path) or Path(text).expanduser().exists() or text.endswith((".tsv", ".csv", ".jsonl")):
-        splits, labels = _own(Path(text).expanduser())
-        kind, pixel_max = "text", 0
+    elif own.is_own(name):
+        splits, labels, kind, pixel_max = own.read(Path(text).expanduser())
     else:
         splits, labels, kind, pixel_max = _from_tfds(text, keys)
 
@@ -208,7 +174,7 @@ def load_text(name: str) -> TextSet:
       AssetError: the source cannot be fetched.
     """
     if name not in TEXTS:
-        raise DatasetError(f"no text set is named {name!r}; there are {', '.join(TEXTS)}{_near(name, TEXTS)}")
+        raise DatasetError(f"no text set is named {name!r}; there are {', '.join(TEXTS)}{own.near(name, TEXTS)}")
     documents: list[str] = []
     groups: list[str] = []
     if name == "friends-transcripts":
@@ -405,94 +371,6 @@ def _read(builder: Any, split: str, content: str, label: str, kind: Kind) -> Spl
     return Split(images, labels)
 
 
-def _own(path: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
-    if path.is_dir():
-        files: dict[str, Path] = {}
-        for split in ("train", "validation", "test"):
-            found = [path / (split + end) for end in _READERS if (path / (split + end)).is_file()]
-            if len(found) > 1:
-                raise DatasetError(f"{path}: which of {', '.join(f.name for f in found)} is the {split} split?")
-            if found:
-                files[split] = found[0]
-        if "train" not in files:
-            raise DatasetError(f"{path} has no train.tsv, train.csv or train.jsonl")
-    elif path.is_file():
-        files = {"train": path}
-    else:
-        raise DatasetError(f"there is no file or folder {path}")
-    rows = {split: _own_file(file) for split, file in files.items()}
-    seen = {label for pairs in rows.values() for _, label in pairs}
-    try:
-        names = sorted(seen, key=int)  # "10" after "9"
-    except ValueError:
-        names = sorted(seen)
-    known = {label for _, label in rows["train"]}
-    for split, pairs in rows.items():
-        for number, (_, label) in enumerate(pairs):
-            if label not in known:
-                raise DatasetError(
-                    f"{files[split]}: example {number} has the label {label!r}, which the train split never has "
-                    f"({', '.join(sorted(known)[:8])}{', ...' if len(known) > 8 else ''}){_near(label, known)}"
-                )
-    index = {label: i for i, label in enumerate(names)}
-    splits = {
-        split: Split(tuple(text for text, _ in pairs), np.array([index[label] for _, label in pairs], np.int32))
-        for split, pairs in rows.items()
-    }
-    return splits, tuple(names)
-
-
-def _own_file(path: Path) -> list[tuple[str, str]]:
-    """(text, label) of each example in a user's file."""
-    if path.suffix not in _READERS:
-        raise DatasetError(f"{path}: files are {', '.join(_READERS)}")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} cannot be read: {error}") from error
-    rows = _READERS[path.suffix](content, path)
-    if not rows:
-        raise DatasetError(f"{path} has no examples")
-    return rows
-
-
-def _table(delimiter: str) -> Callable[[str, Path], list[tuple[str, str]]]:
-    def read(content: str, path: Path) -> list[tuple[str, str]]:
-        reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter)
-        missing = {"text", "label"} - set(reader.fieldnames or ())
-        if missing:
-            raise DatasetError(
-                f"{path}: no column {' and no column '.join(sorted(missing))}; its header is {reader.fieldnames}"
-            )
-        rows = []
-        for row in reader:
-            if row["text"] is None or not row["label"]:
-                raise DatasetError(f"{path}, line {reader.line_num}: a text or label is missing")
-            rows.append((row["text"], row["label"].strip()))
-        return rows
-
-    return read
-
-
-def _json_lines(content: str, path: Path) -> list[tuple[str, str]]:
-    rows = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text, label = row["text"], row["label"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DatasetError(f"{path}, line {number}: not an object with text and label ({error!r})") from error
-        if not isinstance(text, str) or not isinstance(label, str | int):
-            raise DatasetError(f"{path}, line {number}: text must be a string, label a string or an integer")
-        rows.append((text, str(label).strip()))
-    return rows
-
-
-_READERS = {".tsv": _table("\t"), ".csv": _table(","), ".jsonl": _json_lines}
-
-
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
@@ -541,13 +419,8 @@ def _unknown(name: str) -> DatasetError:
         listed = []
     return DatasetError(
         f"no data set is named {name!r}; built in are {', '.join(NAMES)}; else a tensorflow-datasets name, or a path "
-        f"to .tsv, .csv or .jsonl files{_near(name, [*NAMES, *listed])}"
+        f"to {', '.join(own.SUFFIXES)} files or folders of pictures{own.near(name, [*NAMES, *listed])}"
     )
-
-
-def _near(name: str, names) -> str:
-    close = difflib.get_close_matches(name.lower(), list(names), n=3, cutoff=0.5)
-    return f"; near: {', '.join(close)}" if close else ""
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ class Config:
 
     Attributes:
       model: a built-in name, a folder, or a hub id.
-      dataset: a built-in name, a folder or file of your own, or any tensorflow-datasets name.
+      dataset: a built-in name, a folder or file of your own (texts or pictures), or any tensorflow-datasets name.
       method: any registered method (`jaxpeft methods` lists them).
       options: of the method, `name=value` each: rank=16 dropout=0.1 "at=**/query/kernel".
       epochs: passes over the training data.

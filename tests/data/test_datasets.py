@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from jaxpeft.data import (
     NAMES,
@@ -331,6 +332,78 @@ def test_bad_folders_are_named_errors(tmp_path):
     write(tmp_path / "train.csv", rows(10))
     with pytest.raises(DatasetError, match=r"which of train\.tsv, train\.csv"):
         load(tmp_path)
+
+
+def pictures(folder, counts, mode="L", size=(4, 3)):
+    """Folders of pictures: class -> how many, each of one grey value."""
+    for i, (label, count) in enumerate(counts.items()):
+        (folder / label).mkdir(parents=True)
+        for k in range(count):
+            Image.new(mode, size, 10 * i + k if mode == "L" else (10 * i + k, 0, 0)).save(
+                folder / label / f"{k:02}.png"
+            )
+    return folder
+
+
+def test_folders_of_pictures_are_classes(tmp_path):
+    for split, count in (("train", 6), ("test", 2)):
+        pictures(tmp_path / split, {"10": count, "9": count})
+    data = load(tmp_path, validation=2)
+    assert (data.kind, data.pixel_max, data.labels) == ("image", 255, ("9", "10"))
+    assert data.counts == {"train": 10, "validation": 2, "test": 4}
+    assert data.test.inputs.shape == (4, 3, 4, 1)
+    # Their files in order, folder by folder ("10" before "9"), with the labels of their folders.
+    assert data.test.inputs[:, 0, 0, 0].tolist() == [0, 1, 10, 11]
+    assert data.test.labels.tolist() == [1, 1, 0, 0]
+    alone = load(pictures(tmp_path / "alone", {"a": 10, "b": 10}, mode="RGB"))
+    assert alone.counts == {"train": 14, "validation": 2, "test": 4}
+    assert alone.train.inputs.shape == (14, 3, 4, 3)
+
+
+def test_arrays_of_pictures_are_read_and_grey_ones_get_a_channel(tmp_path):
+    image, label = np.arange(20 * 6, dtype=np.uint8).reshape(20, 2, 3), np.array(["cat", "dog"] * 10)
+    np.savez(tmp_path / "all.npz", image=image, label=label)
+    data = load(tmp_path / "all.npz", validation=0)
+    assert data.labels == ("cat", "dog")
+    assert data.counts == {"train": 16, "validation": 0, "test": 4}
+    rows = np.concatenate([data.train.inputs, data.test.inputs])[..., 0]
+    assert sorted(map(tuple, rows.reshape(20, -1))) == sorted(map(tuple, image.reshape(20, -1)))
+
+
+def test_pictures_that_do_not_fit_are_named_errors(tmp_path):
+    mixed = pictures(tmp_path / "mixed", {"a": 2, "b": 2})
+    Image.new("RGB", (4, 3), (1, 2, 3)).save(mixed / "a" / "colour.png")
+    assert load(mixed, validation=0).train.inputs.shape[1:] == (3, 4, 3)  # grey ones become colour
+    Image.new("L", (5, 3)).save(mixed / "b" / "wide.png")
+    with pytest.raises(DatasetError, match=r"pictures differ in shape \(2 shapes"):
+        load(mixed)
+    (mixed / "b" / "wide.png").write_bytes(b"no picture")
+    with pytest.raises(DatasetError, match=r"wide\.png cannot be read"):
+        load(mixed)
+    both = tmp_path / "both"
+    pictures(both / "train", {"a": 2, "b": 2})
+    write(both / "test.tsv", [("text", "a")])
+    with pytest.raises(DatasetError, match="some of its splits are texts"):
+        load(both)
+    sizes = tmp_path / "sizes"
+    pictures(sizes / "train", {"a": 2, "b": 2})
+    pictures(sizes / "test", {"a": 2}, size=(2, 2))
+    with pytest.raises(DatasetError, match="pictures of the splits differ in shape"):
+        load(sizes)
+    (tmp_path / "none" / "train").mkdir(parents=True)
+    with pytest.raises(DatasetError, match="has no folder with pictures"):
+        load(tmp_path / "none")
+    for held, words in (
+        ({"image": np.zeros((2, 2, 2), np.uint8)}, "no arrays image and label"),
+        (
+            {"image": np.zeros((2, 2, 2), np.float32), "label": np.arange(2)},
+            r"image float32\[2, 2, 2, 1\].*expected uint8",
+        ),
+        ({"image": np.zeros((2, 2, 2), np.uint8), "label": np.arange(3)}, r"label \[3\]"),
+    ):
+        np.savez(tmp_path / "bad.npz", **held)
+        with pytest.raises(DatasetError, match=words):
+            load(tmp_path / "bad.npz")
 
 
 def test_empty_texts_can_be_dropped_and_are_counted(tmp_path):
