@@ -239,7 +239,7 @@ def fit_lam(
     sizes = {x.shape[0] for x in jax.tree.leaves(batches)}
     if len(sizes) != 1:
         raise ValueError(f"batches whose first axes have sizes {sorted(sizes)}: expected one number of batches")
-    count = sizes.pop()
+    count, batches = sizes.pop(), jax.tree.map(jnp.asarray, batches)
 
     def step(state: Any, i: Array) -> tuple[Any, Array]:
         lam, moments = state

@@ -246,7 +246,7 @@ def transfer(
         targets, source = dp_targets(z_teachers[:, rows], apply_fn(params, some), None if y is None else y[rows])
         return kl_loss(apply_fn(new, some), targets, T), (source >= 0).mean()
 
-    z_teachers, y = jnp.asarray(z_teachers), None if y is None else jnp.asarray(y)
+    x, z_teachers, y = jax.tree.map(jnp.asarray, (x, z_teachers, y))
     if z_teachers.ndim != 3:
         raise ValueError(f"teachers' logits {z_teachers.shape}: expected (K, n, C)")
     new, (losses, shares) = descend(loss, params, optimiser, rows, has_aux=True)

@@ -248,7 +248,7 @@ def tune(
       ValueError: shapes that do not agree.
     """
     weigh = weigh or (lambda z, inputs, key: teacher_weight(jax.nn.softmax(z, -1)))
-    y = jnp.asarray(y)
+    x, y = jax.tree.map(jnp.asarray, (x, y))
 
     def loss(tuned: Any, at: Any) -> Array:
         rows, key = at

@@ -268,7 +268,7 @@ def transfer_adapter(
         raise ValueError(f"the teacher answered {_count(answers)} of {n} inputs: one answer to each is needed")
 
     def loss(adapter: PyTree, rows: Array) -> Array:
-        some = jax.tree.map(lambda x: x[rows], answers)
+        some = jax.tree.map(lambda x: jnp.asarray(x)[rows], answers)
         logits = student_apply(base_t, adapter, some.ids, some.mask)[:, -some.weight.shape[1] :]
         if soft:
             return soft_kd_loss(logits, some.targets, T, mask=some.weight)

@@ -1,6 +1,7 @@
 """KL+DP: partitions, losses and their slopes, metrics' identities, transfer from one teacher and from several."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
 
+from jaxpeft.distillation import kl_loss
 from jaxpeft.transfer import fantastic_gains as fg
 
 pytestmark = pytest.mark.usefixtures("quick")
+GOLDEN = load_file(Path(__file__).parents[2] / "third_party" / "fantastic-gains" / "golden.safetensors")
 N, C, K, D = 8, 5, 3, 4
 seeds = st.integers(0, 2**31)
 targets_of = jax.jit(fg.dp_targets)
@@ -307,3 +311,68 @@ BAD = {
 def test_what_is_wrong_is_said(message):
     with pytest.raises(ValueError, match=re.escape(message)):
         jax.eval_shape(BAD[message])
+
+
+# ------------------------------------------------------------------------------------------- the numbers of the paper's code
+
+
+def golden(case):
+    """A recorded step; see third_party/fantastic-gains."""
+    return {k.rpartition(".")[2]: x for k, x in GOLDEN.items() if k.rpartition(".")[0] == case}
+
+
+@pytest.mark.parametrize(
+    ("case", "supervised", "T"),
+    [("supervised", True, 1.5), ("unsupervised.", False, 1.0), ("several", True, 1.0), ("several.unsup", False, 2.0)],
+)
+def test_a_step_of_transfer_is_that_of_the_papers_code(case, supervised, T):
+    g = golden(case)
+    apply = lambda w, x: x @ w.T
+    x, rows = g["x"], np.arange(len(g["x"]))[None]
+    said = np.stack([x @ w.T for w in g["teachers"]])
+    # The code's student and its frozen copy are apart here, so that the copy counts: by a step from another start.
+    targets, source = fg.dp_targets(said, apply(g["copy"], x), g["y"] if supervised else None)
+    loss, slope = jax.value_and_grad(lambda w: kl_loss(apply(w, x), targets, T))(jnp.asarray(g["student"]))
+    np.testing.assert_allclose(loss, g["kl_loss"], rtol=2e-6)
+    assert float(100 * (source >= 0).mean()) == pytest.approx(float(g["teacher_input"]), rel=1e-5)
+    np.testing.assert_allclose(g["student"] - 0.5 * slope, g["new"], atol=3e-6)
+    np.testing.assert_allclose(
+        fg.ema_update(jnp.asarray(g["student"]), jnp.asarray(g["new"]), 0.9), g["slow"], atol=1e-6
+    )
+    # `transfer` is such steps, with the student's own start as its copy.
+    new, _, shares = fg.transfer(
+        apply, optax.sgd(0.5), jnp.asarray(g["copy"]), x, said, rows, g["y"] if supervised else None, T=T
+    )
+    assert float(100 * shares[0]) == pytest.approx(float(g["teacher_input"]), rel=1e-5)
+    own = jax.grad(lambda w: kl_loss(apply(w, x), targets, T))(jnp.asarray(g["copy"]))
+    np.testing.assert_allclose(new, g["copy"] - 0.5 * own, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [("mixed", {"alpha": 0.6}), ("few", {"alpha": 0.6, "topk": 3}), ("kept.", {"alpha": 1.0})],
+)
+def test_the_mixed_losses_are_those_of_the_papers_code(case, options):
+    g = golden(case)
+    z_t = g["x"] @ g["teachers"][0].T
+    mask = ~fg.flip_masks(g["x"] @ g["student"].T, z_t, g["y"])[1] if case == "kept." else None
+    loss = lambda w: fg.xe_kl_loss(g["x"] @ w.T, z_t, g["y"], T=2.0, mask=mask, released=True, **options)
+    value, slope = jax.value_and_grad(loss)(jnp.asarray(g["student"]))
+    np.testing.assert_allclose(value, g["dist_loss"], rtol=2e-6)
+    np.testing.assert_allclose(g["student"] - 0.5 * slope, g["new"], atol=3e-6)
+
+
+def test_metrics_and_masks_are_those_of_the_papers_code():
+    g = golden("metrics")
+    found = fg.transfer_metrics(g["before"], g["after"], g["teacher"], g["y"], 9)
+    names = {"delta": "dist_delta", "gain": "knowledge_gain", "loss": "knowledge_loss", "rate": "transfer_rate"}
+    for ours, theirs in names.items():
+        assert float(getattr(found, ours)) == pytest.approx(float(g[theirs]), rel=1e-5), ours
+    after = fg.flips(g["after"], g["teacher"], g["y"])
+    assert [float(x) for x in after] == pytest.approx(
+        [float(g["positive_flips"]), float(g["negative_flips"])], rel=1e-5
+    )
+    assert float(after.positive - found.complementary) == pytest.approx(float(g["pos_flips_delta"]), rel=1e-5)
+    m = golden("masks")
+    for ours, theirs in zip(fg.flip_masks(m["student"], m["teacher"], m["y"]), ("positive", "negative", "neutral")):
+        np.testing.assert_array_equal(ours, m[theirs])

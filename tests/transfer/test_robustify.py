@@ -270,8 +270,9 @@ def base(seed=0):
     return {n: {"kernel": drawn(seed + i, D, D) / 3, "bias": drawn(seed + 9, D) / 9} for i, n in enumerate("abc")}
 
 
-X, Y = drawn(7, 16, D), jnp.asarray(np.random.default_rng(7).integers(0, C, 16))
-ROWS = jnp.asarray(np.stack([np.random.default_rng(i).permutation(16)[:4] for i in range(5)]))
+# As a user has them: arrays of NumPy.
+X, Y = np.asarray(drawn(7, 16, D)), np.random.default_rng(7).integers(0, C, 16).astype(np.int32)
+ROWS = np.stack([np.random.default_rng(i).permutation(16)[:4] for i in range(5)]).astype(np.int32)
 TEACHER = drawn(8, D, C)
 shake = lambda key, x: x + 0.3 * jax.random.normal(key, x.shape)
 SGD = optax.sgd(0.05, 0.9)
