@@ -16,6 +16,7 @@ import optax
 import record
 import study
 
+from jaxpeft import trees
 from jaxpeft.hyper import weight_diffusion
 from jaxpeft.updates import descend
 
@@ -104,18 +105,20 @@ class Generator:
         )
         vae_steps, align_steps, diffusion_steps = steps
         self._fits = {
-            "vae": self._fit(lambda p, w, x, key: t.vae_loss(p, w, key), ("vae",), vae_steps),
-            "alignment": self._fit(t.align_loss, ("data",), align_steps),
-            "diffusion": self._fit(t.diffusion_loss, ("denoiser", "data"), diffusion_steps),
+            "vae": self._fit(lambda p, w, x, key: t.vae_loss(p, w, key), "vae/**", vae_steps),
+            "alignment": self._fit(t.align_loss, "data/**", align_steps),
+            # Of the aligned set encoder the last layer alone learns on, as in the paper. (All of it, which has no norms, ended at
+            # NaN for each of four seeds.)
+            "diffusion": self._fit(t.diffusion_loss, ("denoiser/**", "data/params/head/*"), diffusion_steps),
             "unconditional": self._fit(
-                lambda p, w, x, key: t.diffusion_loss(p, w, None, key), ("denoiser",), diffusion_steps
+                lambda p, w, x, key: t.diffusion_loss(p, w, None, key), "denoiser/**", diffusion_steps
             ),
         }
         self._init = jax.jit(t.init)
         one = lambda weights, x, key: t.generate(weights, x, key)
         self._made = jax.jit(jax.vmap(one, (None, None, 0)))
 
-    def _fit(self, loss: Any, parts: tuple[str, ...], steps: int) -> Any:
+    def _fit(self, loss: Any, parts: trees.Pattern, steps: int) -> Any:
         ways, shots, _ = self.shown
         rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(1e-3, max(1, steps))))
 
@@ -123,14 +126,17 @@ class Generator:
             def shown(key: Any, classes: Any) -> Any:
                 return data[classes[:, None], jax.random.randint(key, (ways, shots), 0, data.shape[1])]
 
+            chosen = set(trees.matches(parts, trees.by_path(weights)))
+            moving, still = trees.partition(weights, lambda path, _: path in chosen)
+
             def one(own: Any, key: Any) -> Any:
                 rows, show, other = jax.random.split(key, 3)
                 i = jax.random.randint(rows, (self.batch,), 0, w.shape[0])
                 x = jax.vmap(shown)(jax.random.split(show, self.batch), tasks[i])
-                return loss({**weights, **own}, w[i], x, other)
+                return loss(trees.combine(own, still), w[i], x, other)
 
-            own, losses = descend(one, {k: weights[k] for k in parts}, rule, jax.random.split(key, steps))
-            return {**weights, **own}, losses
+            own, losses = descend(one, moving, rule, jax.random.split(key, steps))
+            return trees.combine(own, still), losses
 
         return jax.jit(run)
 

@@ -244,7 +244,8 @@ class WeightDiffusion(NamedTuple):
       calibrated: `(weights, w, key) -> weights` with the latents' std over a whole zoo. Between stages 1 and 3.
       embed: `(weights, features (b, c, m, f)) -> (b, e)`.
       align_loss: `(weights, w, features, key) -> scalar`, of "data": latents have no slope.
-      diffusion_loss: `(weights, w, features, key) -> scalar`, of "denoiser" and "data"; features None is unconditional.
+      diffusion_loss: `(weights, w, features, key) -> scalar`, of "denoiser" and "data"; features None is unconditional. The
+        reference goes on training the last layer alone of an aligned encoder; it has no norms, and all of it may diverge.
       generate: `(weights, features (c, m, f), key) -> params`: one network.
     """
 
