@@ -107,8 +107,8 @@ class Generator:
         self._fits = {
             "vae": self._fit(lambda p, w, x, key: t.vae_loss(p, w, key), "vae/**", vae_steps),
             "alignment": self._fit(t.align_loss, "data/**", align_steps),
-            # Of the aligned set encoder the last layer alone learns on, as in the paper. (All of it, which has no norms, ended at
-            # NaN for each of four seeds.)
+            # Of the aligned set encoder the last layer alone learns on, as in the paper. (All of it, without any norm, ended
+            # at NaN for each of four seeds.)
             "diffusion": self._fit(t.diffusion_loss, ("denoiser/**", "data/params/head/*"), diffusion_steps),
             "unconditional": self._fit(
                 lambda p, w, x, key: t.diffusion_loss(p, w, None, key), "denoiser/**", diffusion_steps
