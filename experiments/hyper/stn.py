@@ -73,8 +73,8 @@ class Setup:
     cycles: int = 2000  # of two training steps and one validation step
     batch: int = 64
     evaluations: int = 40
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
-    lam_rates: tuple[float, ...] = (3e-3, 1e-2)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    lam_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     starts: tuple[float, ...] = (0.3, 0.6)
     start_seeds: int = 3
     search: int = 8
