@@ -48,7 +48,7 @@ class Setup:
     marks: tuple[int, ...] = (0, 30, 100, 300)
     chunk: int = 10  # of steps, which the marks are multiples of
     batch: int = 32
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     seeds: int = 5
 
 

@@ -73,7 +73,7 @@ class Setup:
     images: int = 50  # a new class
     steps: tuple[int, ...] = (100, 300, 600)
     batch: int = 32
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     sampling: int = 25
     samples: int = 500  # a class
     validation: int = 1000

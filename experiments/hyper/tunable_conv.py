@@ -18,7 +18,7 @@ Methods, each 1,500 steps of 16 patches, Adam with a cosine:
     DNI                weights between two networks, for ω₁ = 1 and, trained on from it as long again, ω₁ = 0
     plane              ω₁ as a second input channel, ω uniform for each patch
 
-One rate out of two for each method by the validation patches' weighted loss, the mean over the five ω, of a seed that is not
+One rate out of three for each method by the validation patches' weighted loss, the mean over the five ω, of a seed that is not
 measured; three seeds; the test patches are looked at once for each network and ω.
 
 Stated before running, each to be reported as holding or not, by means over seeds; losses are ω-weighted objectives on the test
@@ -68,7 +68,7 @@ class Setup:
     layers: int = 5
     steps: int = 1500
     batch: int = 16
-    rates: tuple[float, ...] = (1e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     held: int = 128
     seeds: int = 3
 
