@@ -1,6 +1,6 @@
 """Tunable convolutions (Maggioni et al., CVPR 2023) in small: one denoiser with a slider, on photographs.
 
-    python experiments/hyper/tunable_conv.py            all of it: about twenty-five minutes on one core
+    python experiments/hyper/tunable_conv.py            all of it: forty to fifty minutes on one core
     python experiments/hyper/tunable_conv.py --smoke    every part once in small; writes nothing unless --out is given
 
 Two photographs (scikit-learn's china and flower, grey): patches of 24 x 24 out of their left 60 % train, out of the next 10 %
@@ -10,7 +10,7 @@ network is residual, five 3 x 3 convolutions of 16 channels. Two pairs of object
     A    squared error to the clean patch, and to the noisy one. The best answer at ω is ω₁ E[clean | noisy] + ω₂ noisy
     B    squared error to the clean patch, and 1 - SSIM (windows of 7) to it, balanced at the start
 
-Methods, each 1,500 steps of 16 patches, Adam with a cosine:
+Methods, each 1,000 steps of 16 patches, Adam with a cosine:
 
     tunable            "mlp": an affine map of ω for each convolution; ω uniform for each patch
     tunable, linear    α = ω
@@ -66,7 +66,7 @@ class Setup:
     side: int = 24
     channels: int = 16
     layers: int = 5
-    steps: int = 1500
+    steps: int = 1000
     batch: int = 16
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     held: int = 128
@@ -74,6 +74,21 @@ class Setup:
 
 
 SMOKE = Setup(side=8, channels=2, layers=3, steps=2, batch=2, rates=(1e-3,), held=4, seeds=2)
+
+
+class Conv(nn.Module):
+    """A 3 x 3 convolution as a product with nine shifted inputs: ten times faster in training by XLA on a CPU."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        rows, columns = x.shape[1:3]
+        wide = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        shifted = [wide[:, i : i + rows, j : j + columns] for i in range(3) for j in range(3)]
+        return jnp.concatenate(shifted, -1) @ kernel.reshape(-1, self.features) + bias
 
 
 class Net(nn.Module):
@@ -86,8 +101,8 @@ class Net(nn.Module):
     def __call__(self, x: Any) -> Any:
         y = x
         for i in range(self.layers - 1):
-            y = nn.relu(nn.Conv(self.channels, (3, 3), name=f"conv_{i}")(y))
-        return x[..., :1] - nn.Conv(1, (3, 3), name="out")(y)
+            y = nn.relu(Conv(self.channels, name=f"conv_{i}")(y))
+        return x[..., :1] - Conv(1, name="out")(y)
 
 
 # ------------------------------------------------------------------------------------------------------------ photographs
