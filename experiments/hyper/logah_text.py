@@ -13,9 +13,10 @@ matrices are brought to a deviation of 0.02, tables stay as they are.
 Networks are trained over 42 decoders of depth 1 to 3, width 16 to 64 and 2 or 4 heads, whose graphs are read from the
 models themselves: a step draws four of them and 8 windows, predicts their weights and takes the mean loss. All
 architectures go through one compiled program, in which what is beyond a width is masked (checked against the models).
-(After 1,000 steps of 6 windows, in a first run, LoGAH had learned the frequencies of characters and no more: 2.98 nats. Training
-is of 4,000 since; the claims are the old ones.) Two networks of d = 32, two layers: LoGAH (r = 8, K = 512) and GHN-3's (a block of 32 x 32, tiled; where 32 divides the width
+Two networks of d = 32, two layers: LoGAH (r = 8, K = 512) and GHN-3's (a block of 32 x 32, tiled; where 32 divides the width
 that makes query, key and value the same), whose decoder has more parameters; both make vectors by a perceptron. Three seeds.
+(After 1,000 steps of 6 windows, in a first run, LoGAH had learned the frequencies of characters and no more: 2.98 nats.
+Training is of 4,000 since; the claims are the old ones.)
 
 Evaluation is on depth 4, width 96 and 128: the predicted weights with the paper's noise (1e-5 of each tensor's deviation), or
 random ones (all matrices and tables N(0, 0.02²), or LeCun's N(0, 1 / fan-in)), are trained by Adam for 300 steps of 8
