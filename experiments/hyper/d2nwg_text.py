@@ -45,8 +45,8 @@ LoRAs, without training on the held-out task:
  11. Best of 10 is at least as good as a LoRA of the texts shown.
  12. Best of 10 is at most 5 points under a LoRA of all texts.
  13. Best of 10 is at least as good as prototypes.
-(A first run, of less than half as many steps in every stage of the generator, of which one claim of 13 held, was 32 points under
-the zoo on the zoo's own tasks: it had not learned. The steps are more since; the claims are the old ones.)
+(A first run, of less than half as many steps in every stage of the generator, of which one claim of 13 held, was 32 points
+under the zoo on the zoo's own tasks: it had not learned. The steps are more since; the claims are the old ones.)
 Small about it: no language model writes, and LoRA sits in one layer. The paper generates layers of a Llama.
 """
 
