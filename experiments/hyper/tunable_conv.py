@@ -331,7 +331,7 @@ def main() -> None:
     )  # fmt: skip
     out = args.out or (None if args.smoke else record.RESULTS / "tunable-conv.json")
     if out is not None:
-        slider(Net(s.channels, s.layers), nets["A", "tunable"], photos[1], out.with_name(f"{out.stem}-slider.png"))
+        slider(Net(s.channels, s.layers), nets["A", "tunable"], photos[0], out.with_name(f"{out.stem}-slider.png"))
 
 
 def counted(s: Setup) -> dict[str, float]:
@@ -350,7 +350,7 @@ def counted(s: Setup) -> dict[str, float]:
 
 def slider(net: Any, networks: list[Any], photo: np.ndarray, out: Path) -> None:
     """The steps of the slider on a part of a photograph."""
-    clean = photo[120:248, -160:-32]
+    clean = photo[150:278, -170:-42]
     noisy = jnp.asarray(clean + SIGMA * np.random.default_rng(0).normal(size=clean.shape), jnp.float32)
     shown = [
         np.asarray(noisy),
