@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft import trees
 
-__all__ = ["TARGETS", "AotError", "Target", "compile_for", "device_mesh", "topology"]
+__all__ = ["TARGETS", "AotError", "Target", "compile_for", "compile_lowered", "device_mesh", "topology"]
 
 
 class AotError(ValueError):
@@ -128,4 +129,19 @@ def compile_for(kind: str, function: Callable[..., Any], *shapes: Any, **options
     """
     whole = NamedSharding(device_mesh(kind), PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
-    return jax.jit(function, **options).lower(*placed).compile()
+    return compile_lowered(jax.jit(function, **options).lower(*placed))
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """`lowered.compile()` past JAX's persistent cache: a compiler without a device writes entries that it cannot read back.
+
+    The cache is switched for the process, not for a thread: do not compile for devices at the same time.
+    """
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    compilation_cache.reset_cache()  # whether it is used is decided once, at the first compilation
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

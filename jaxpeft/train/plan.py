@@ -330,7 +330,7 @@ def plan(config: PlanConfig) -> Plan:
     sizes = _argument_bytes(parts, traced.jaxpr.jaxpr)
     fixed: Any = dict(config=config, mesh=dict(mesh.shape), limit=limit, **sizes)
     try:
-        program = traced.lower().compile()
+        program = aot.compile_lowered(traced.lower())
     except jax.errors.JaxRuntimeError as error:
         arguments = sum(sizes.values())
         wanted = wanted_bytes(str(error), arguments)

@@ -12,6 +12,7 @@ import grouped_cases
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -84,7 +85,7 @@ def test_a_kernel_stands_inside_shard_map_on_a_mesh_of_chips():
     operands = [
         jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=NamedSharding(mesh, spec)) for s, spec in zip(shapes, specs)
     ]
-    program = jax.jit(step).lower(*operands).compile()
+    program = aot.compile_lowered(jax.jit(step).lower(*operands))
     assert calls(program) >= 2
     assert "all-reduce" in program.as_text()
 
@@ -107,3 +108,22 @@ def test_an_unknown_device_or_slice_is_named():
         aot.topology("v5e", "7x7")
     with pytest.raises(aot.AotError, match="needs 9"):
         aot.device_mesh("v5e", (9,))
+
+
+@pytest.mark.parametrize("kind", ["v5e", "h100"])
+def test_a_persistent_cache_neither_keeps_nor_gives_what_only_a_device_could_read(kind, tmp_path):
+    options = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in options}
+    try:
+        for name, value in options.items():
+            jax.config.update(name, value)
+        shape = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+        for _ in range(2):
+            aot.compile_for(kind, lambda x: jnp.sin(x) @ x.T, shape)
+        assert not list(tmp_path.iterdir())
+        jax.jit(lambda x: jnp.cos(x) + 3)(jnp.ones(5)).block_until_ready()
+        assert list(tmp_path.iterdir())  # for the machine's own device it is on again
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
