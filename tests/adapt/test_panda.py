@@ -1,10 +1,13 @@
 """Prompt transfer by distillation: the card's oracles."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 
 from jaxpeft import PatternError, adapt, chain, data, head, prefix_tuning, train
 from jaxpeft.adapt.panda import (
@@ -120,3 +123,18 @@ def test_a_tasks_embedding_is_the_mean_over_its_examples_less_the_bases(key):
 def test_logits_of_other_tasks_are_refused():
     with pytest.raises(ValueError, match=r"logits \(4, 3\) of the student and \(4, 2\)"):
         panda_loss(jnp.zeros(4), jnp.zeros((4, 3)), jnp.zeros((4, 2)), 1.0)
+
+
+@pytest.mark.parametrize("beta", ["0.1", "1"])
+def test_the_loss_and_its_gradient_are_those_of_the_papers_code(beta, close):
+    golden = load_file(Path(__file__).parents[2] / "third_party" / "panda" / "golden.safetensors")
+    g = {n.removeprefix(f"{beta}/"): jnp.asarray(x) for n, x in golden.items() if n.startswith(f"{beta}/")}
+    close(g["x"] @ g["w"], g["student"])
+
+    def total(z):
+        task = optax.softmax_cross_entropy_with_integer_labels(z, g["label"])
+        return panda_loss(task, z, g["teacher"], 0.1 * float(beta), "code").mean()
+
+    value, grad = jax.value_and_grad(total)(g["student"])
+    close(value, g["loss"])
+    close(grad, g["grad"], atol=1e-6)

@@ -1,10 +1,13 @@
 """Mask tuning: the card's oracles."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 
 from jaxpeft import adapt, data, r_amt, train, trees
 from jaxpeft.adapt.r_amt import gdr, pack, penalty, regularised, straight_through, switched_off, unpack
@@ -150,3 +153,33 @@ def test_it_merges_into_weights_with_zeros(key):
     merged = adapted.merge({"w": w}, {"w": {"scores": scores}})["w"]
     assert (merged == jnp.where(jnp.eye(4, dtype=bool), 0, w)).all()
     assert trees.count(merged) == 16
+
+
+# ---------------------------------------------------------------------------------------------------------------- golden
+
+GOLDEN = {
+    n: jnp.asarray(x)
+    for n, x in load_file(Path(__file__).parents[2] / "third_party" / "r-amt" / "golden.safetensors").items()
+}
+
+
+@pytest.mark.parametrize("rate", ["0.3", "1"])
+@pytest.mark.parametrize("temperature", ["1", "2"])
+def test_losses_and_regularised_gradients_are_those_of_the_papers_code(rate, temperature, monkeypatch, close):
+    g = {n.removeprefix(f"{rate}/{temperature}/"): x for n, x in GOLDEN.items()}
+    params = {f"w{i}": g[f"w{i}"] for i in (0, 1)}
+    delta = {f"w{i}": {"scores": g[f"scores{i}"]} for i in (0, 1)}
+    adapted = adapt(lambda p, x: jnp.tanh(x @ p["w0"]) @ p["w1"], r_amt("*"), on_dense="refuse")
+    close(adapted.apply(params, delta, g["x"]), g["logits"], atol=1e-5)
+    close(penalty(delta), g["norms"])
+
+    label = g["label"].astype(jnp.int32)
+    batch = data.ImageBatch(g["x"], label, jnp.ones(len(label)), jnp.arange(len(label)))
+    task = train.image_classification()
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape, dtype: g["u0" if shape == (5, 8) else "u1"])
+    run = regularised(adapted, task, float(rate), norm=1e-2, temperature=float(temperature))(lambda: None)
+    state = create(delta, optax.sgd(1.0))
+    (loss, _), grads = run(state.learned, state, params, batch, jax.random.key(0))
+    close(loss / len(label), g["loss"])
+    for i in (0, 1):  # the step divides by the batch
+        close(grads[f"w{i}"]["scores"] / len(label), g[f"grad{i}"], atol=1e-6)
