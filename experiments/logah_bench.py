@@ -22,6 +22,7 @@ import study
 from jaxpeft import trees
 from jaxpeft.hyper.graph import Graph
 from jaxpeft.hyper.logah import frobenius
+from jaxpeft.updates import descend
 
 HEADS = 4  # the most that a member has
 
@@ -193,26 +194,20 @@ def meta_program(family: Family, network: Any, pool: Any, slots: Any, s: Setup, 
         first, second = jax.random.split(key)
         weights = network.init(first)
 
-        def step(state: Any, key: Any) -> Any:
-            weights, moments = state
+        def loss(weights: Any, key: Any) -> Any:
             which, rows = jax.random.split(key)
             some = jax.tree.map(lambda a: a[jax.random.randint(which, (s.nets,), 0, a.shape[0])], pool)
             rows = jax.random.randint(rows, (s.meta_batch,), 0, y.shape[0])
 
-            def loss(w: Any) -> Any:
-                def one(member: Any) -> Any:
-                    params = widened(family, network, w, member, slots, s)
-                    logits = family.forward(params, member["masks"], x[rows])
-                    return cross_entropy(logits, y[rows]).mean(), frobenius(params)
+            def one(member: Any) -> Any:
+                params = widened(family, network, weights, member, slots, s)
+                logits = family.forward(params, member["masks"], x[rows])
+                return cross_entropy(logits, y[rows]).mean(), frobenius(params)
 
-                losses, norms = jax.vmap(one)(some)
-                return losses.mean() + s.penalty * norms.mean(), losses.mean()
+            losses, norms = jax.vmap(one)(some)
+            return losses.mean() + s.penalty * norms.mean(), losses.mean()
 
-            (_, value), grads = jax.value_and_grad(loss, has_aux=True)(weights)
-            updates, moments = rule.update(grads, moments, weights)
-            return (optax.apply_updates(weights, updates), moments), value
-
-        (weights, _), losses = jax.lax.scan(step, (weights, rule.init(weights)), jax.random.split(second, s.meta_steps))
+        weights, (_, losses) = descend(loss, weights, rule, jax.random.split(second, s.meta_steps), has_aux=True)
         return weights, losses
 
     return run

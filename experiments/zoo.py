@@ -27,6 +27,7 @@ import optax
 from pretraining import kept
 
 from jaxpeft import data
+from jaxpeft.updates import descend
 
 SPLITS = ("start", "train", "validation", "selection", "test")
 
@@ -265,15 +266,11 @@ def _trained(base: Any, heads: bool, part: Images, domain: Any, rows: Any, rates
             optax.clip_by_global_norm(1.0), optax.adamw(lambda count: rate * shape(count), weight_decay=decay)
         )
 
-        def step(state: Any, row: Any) -> Any:
-            learned, moments = state
-            loss = lambda learned: cross_entropy({**learned, **fixed}, part.image[d, row], part.label[d, row])
-            value, grads = jax.value_and_grad(loss)(learned)
-            updates, moments = optimiser.update(grads, moments, learned)
-            return (optax.apply_updates(learned, updates), moments), value
+        def loss(learned: Any, row: Any) -> Any:
+            return cross_entropy({**learned, **fixed}, part.image[d, row], part.label[d, row])
 
         start = {name: base[name] for name in base if name not in fixed}
-        (learned, _), losses = jax.lax.scan(step, (start, optimiser.init(start)), order)
+        learned, losses = descend(loss, start, optimiser, order)
         return {**learned, **fixed}, losses
 
     return jax.lax.map(one, (domain, jnp.asarray(rows), rates, decays))

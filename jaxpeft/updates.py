@@ -91,8 +91,9 @@ def descend(
     def one(state: Any, x: Any) -> Any:
         weights, moments = state
         value, grads = jax.value_and_grad(loss, has_aux=has_aux)(weights, x)
-        updates, moments = optimiser.update(grads, moments, weights)
-        return (optax.apply_updates(weights, updates), moments), value
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its count of steps
+            updates, moments = optimiser.update(grads, moments, weights)
+            return (optax.apply_updates(weights, updates), moments), value
 
     (weights, _), values = jax.lax.scan(one, (start, optimiser.init(start)), xs)
     return weights, values

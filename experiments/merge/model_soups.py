@@ -67,6 +67,7 @@ from scipy import ndimage
 from jaxpeft import data
 from jaxpeft.merge import greedy_selection, learned_mixture, soup, stacked, uniform_soup, wise_ft
 from jaxpeft.models.vit import VisionTransformer
+from jaxpeft.updates import descend
 
 CLASSES = 10
 LEARNED, BY_LEAF = "learned", "learned by leaf"
@@ -215,17 +216,12 @@ class Digits:
         h = jnp.asarray(VisionTransformer(self.model.config).apply({"params": params["backbone"]}, train.x))[:, 0]
         optimiser = study.adam(0.06)(1e-2, self.s.probe_steps)
 
-        def step(state: Any, _: Any) -> Any:
-            head, moments = state
-            loss = lambda w: optax.softmax_cross_entropy_with_integer_labels(
-                h @ w["kernel"] + w["bias"], train.y
-            ).mean()
-            updates, moments = optimiser.update(jax.grad(loss)(head), moments)
-            return (optax.apply_updates(head, updates), moments), None
+        def loss(w: Any, _: Any) -> Any:
+            return optax.softmax_cross_entropy_with_integer_labels(h @ w["kernel"] + w["bias"], train.y).mean()
 
         like = params["head"]
         head = {**like, "kernel": 0.02 * jax.random.normal(key, like["kernel"].shape)}
-        return jax.lax.scan(step, (head, optimiser.init(head)), None, self.s.probe_steps)[0][0]
+        return descend(loss, head, optimiser, jnp.arange(self.s.probe_steps))[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- fine-tuning

@@ -68,6 +68,7 @@ from jaxpeft.transfer.fantastic_gains import (
     transfer_metrics,
     xe_kl_loss,
 )
+from jaxpeft.updates import descend
 
 CLASSES, TUNING = 10, 1000
 XE, KL, XE_KL, MCL, DP, FREE = "XE", "KL", "XE-KL", "XE-KL+MCL", "KL+DP", "KL+DP, unsupervised"
@@ -150,17 +151,11 @@ def trained(name: str, params: Any, part: Part, rows: Any, rate: Any, steps: int
     """A model of the zoo after its own training, and its losses."""
     optimiser = study.adam(0.06)(rate, steps)
 
-    def step(state: Any, row: Any) -> Any:
-        params, moments = state
-        loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(
-            run(name, p, part.image[row]), part.label[row]
-        ).mean()
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, moments = optimiser.update(grads, moments, params)
-        return (optax.apply_updates(params, updates), moments), value
+    def loss(params: Any, row: Any) -> Any:
+        z = run(name, params, part.image[row])
+        return optax.softmax_cross_entropy_with_integer_labels(z, part.label[row]).mean()
 
-    (params, _), losses = jax.lax.scan(step, (params, optimiser.init(params)), rows)
-    return params, losses
+    return descend(loss, params, optimiser, rows)
 
 
 @partial(jax.jit, static_argnames="name")

@@ -58,6 +58,7 @@ from pretraining import kept
 from jaxpeft import adapt, full
 from jaxpeft.models.vit import VisionTransformer
 from jaxpeft.transfer import lame_stream
+from jaxpeft.updates import descend
 
 GARMENTS, TURNS = 10, 4
 CLASSES = GARMENTS * TURNS
@@ -109,19 +110,14 @@ def sources(s: Setup, keep: bool) -> tuple[Any, Any]:
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
     def fit(params: Any, key: Any, images: Any, labels: Any) -> Any:
-        def step(state: Any, key: Any) -> Any:
-            params, moments = state
+        def loss(params: Any, key: Any) -> Any:
             draw, turn = jax.random.split(key)
             rows = jax.random.randint(draw, (b.batch,), 0, labels.shape[0])
             turns = jax.random.randint(turn, (b.batch,), 0, TURNS)
             x, y = turned(images[rows], turns), TURNS * labels[rows].astype(jnp.int32) + turns
-            loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(model.apply(p, x), y).mean()
-            value, grads = jax.value_and_grad(loss)(params)
-            updates, moments = optimiser.update(grads, moments)
-            return (optax.apply_updates(params, updates), moments), value
+            return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y).mean()
 
-        (params, _), losses = jax.lax.scan(step, (params, optimiser.init(params)), jax.random.split(key, b.steps))
-        return params, losses
+        return descend(loss, params, optimiser, jax.random.split(key, b.steps))
 
     def run(params: Any) -> Any:
         together = jax.jit(jax.vmap(fit, in_axes=(0, 0, None, None)))

@@ -58,7 +58,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import record
 import study
 from pretraining import kept
@@ -68,6 +67,7 @@ from jaxpeft import adapt, full, trees
 from jaxpeft.data.augmix import augmix
 from jaxpeft.models.vit import VisionTransformer
 from jaxpeft.transfer import robustify as rb
+from jaxpeft.updates import descend
 
 CLASSES = 10
 ONE_HEAD = ((0.0, 0.0), (0.0, 0.0), (0.5, 0.5))
@@ -215,26 +215,17 @@ def teacher_of(s: Setup, part: Any, keep: bool) -> tuple[Cnn, Any, float]:
     optimiser = study.adam(0.06)(s.teacher_rate, s.teacher_steps)
     rows = study.rows_of(len(labels), s.teacher_steps, s.teacher_batch, 0)
 
-    def step(state: Any, at: Any, images: Any, labels: Any) -> Any:
-        params, moments = state
+    def loss(params: Any, at: Any, images: Any, labels: Any) -> Any:
         rows, key = at
         x, y = images[rows], labels[rows].astype(jnp.int32)
         changed = shaken(key, jnp.concatenate([x, x]))
-
-        def loss(params: Any) -> Any:
-            z = model.apply(params, jnp.concatenate([x, changed])).reshape(3, -1, CLASSES)
-            return rb.robust_loss(z[0], z[1:], y)
-
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, moments = optimiser.update(grads, moments)
-        return (optax.apply_updates(params, updates), moments), value
+        z = model.apply(params, jnp.concatenate([x, changed])).reshape(3, -1, CLASSES)
+        return rb.robust_loss(z[0], z[1:], y)
 
     def run(params: Any) -> Any:
-        keys = jax.random.split(jax.random.key(1), s.teacher_steps)
-        scan = lambda p, *data: jax.lax.scan(
-            lambda c, at: step(c, at, *data), (p, optimiser.init(p)), (jnp.asarray(rows), keys)
-        )
-        (params, _), losses = jax.jit(scan)(params, images, labels)
+        at = jnp.asarray(rows), jax.random.split(jax.random.key(1), s.teacher_steps)
+        fit = jax.jit(lambda p, *data: descend(lambda p, at: loss(p, at, *data), p, optimiser, at))
+        params, losses = fit(params, images, labels)
         print(f"teacher: loss {float(losses[0]):.3f} to {float(losses[-20:].mean()):.3f}", flush=True)
         return params
 

@@ -54,6 +54,7 @@ from jaxpeft import Method, adapt, chain, full, generate, lora, trees
 from jaxpeft.models.dit import Dit, DitConfig
 from jaxpeft.tune import memcontrol as mc
 from jaxpeft.tune import non_dominated, nsga2
+from jaxpeft.updates import descend
 
 EMPTY = 10  # the class that stands for none
 SEARCH_SEED = 1000
@@ -133,17 +134,11 @@ def pretrained(s: Setup, keep: bool) -> tuple[Dit, Any]:
 
         @jax.jit
         def train(params: Any, key: Any) -> Any:
-            def step(state: Any, key: Any) -> Any:
-                params, moments = state
+            def drawn(params: Any, key: Any) -> Any:
                 draw, key = jax.random.split(key)
-                rows = jax.random.randint(draw, (s.pretraining_batch,), 0, n)
-                value, grads = jax.value_and_grad(loss)(params, rows, key)
-                updates, moments = optimiser.update(grads, moments)
-                return (optax.apply_updates(params, updates), moments), value
+                return loss(params, jax.random.randint(draw, (s.pretraining_batch,), 0, n), key)
 
-            keys = jax.random.split(key, s.pretraining_steps)
-            (params, _), losses = jax.lax.scan(step, (params, optimiser.init(params)), keys)
-            return params, losses
+            return descend(drawn, params, optimiser, jax.random.split(key, s.pretraining_steps))
 
         params, losses = train(params, jax.random.key(1))
         print(f"pretrained: loss {float(losses[0]):.3f} to {float(losses[-100:].mean()):.3f}", flush=True)
@@ -190,16 +185,13 @@ def features_of(s: Setup, digits: Digits) -> tuple[Callable[[Any], Any], float]:
 
     @jax.jit
     def train(w: Any, x: Any, y: Any) -> Any:
-        def step(state: Any, key: Any) -> Any:
-            w, moments = state
+        def drawn(w: Any, key: Any) -> Any:
             rows, noise = jax.random.split(key)
             rows = jax.random.randint(rows, (64,), 0, x.shape[0])
             # Noisy pixels: features that a speck of noise moves would say little of how digits look.
-            grads = jax.grad(loss)(w, x[rows] + 0.1 * jax.random.normal(noise, (64, *x.shape[1:])), y[rows])
-            updates, moments = optimiser.update(grads, moments)
-            return (optax.apply_updates(w, updates), moments), None
+            return loss(w, x[rows] + 0.1 * jax.random.normal(noise, (64, *x.shape[1:])), y[rows])
 
-        return jax.lax.scan(step, (w, optimiser.init(w)), jax.random.split(jax.random.key(3), s.feature_steps))[0][0]
+        return descend(drawn, w, optimiser, jax.random.split(jax.random.key(3), s.feature_steps))[0]
 
     w = train(start, *digits.features)
     x, y = digits.search

@@ -32,6 +32,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxpeft import trees
 from jaxpeft.merge.registry import register_merge
 from jaxpeft.merge.stack import from_base, joined, split, stacked, summed, weighted_sum, widened
+from jaxpeft.updates import descend
 
 __all__ = [
     "Greedy",
@@ -287,22 +288,13 @@ def learned_mixture(
     def mixed(a: PyTree) -> Params:
         return joined(parts, weighted_sum(parts.models, jax.tree.map(jax.nn.softmax, a)))
 
-    def loss(learned: Any, i: Array) -> Array:
+    def loss(learned: PyTree, i: Array) -> Array:
         x, y = jax.tree.map(lambda b: b[i % size], batches)
         logits = apply_fn(mixed(learned["a"]), x).astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(learned["beta"] * logits, y).mean()
 
-    adam = optax.scale_by_adam()
-
-    def step(state: Any, i: Array) -> tuple[Any, Array]:
-        learned, moments = state
-        value, grads = jax.value_and_grad(loss)(learned, i)
-        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to its count of steps
-            updates, moments = adam.update(grads, moments)
-        by = jnp.asarray(rate, jnp.float32)
-        return (jax.tree.map(lambda x, u: x - by * u, learned, updates), moments), value
-
-    (learned, _), losses = jax.lax.scan(step, (start, adam.init(start)), jnp.arange(steps))
+    rule = optax.chain(optax.scale_by_adam(), optax.scale(-jnp.asarray(rate, jnp.float32)))
+    learned, losses = descend(loss, start, rule, jnp.arange(steps))
     return Learned(mixed(learned["a"]), jax.tree.map(jax.nn.softmax, learned["a"]), learned["beta"], losses)
 
 

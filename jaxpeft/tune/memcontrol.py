@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxpeft import trees
 from jaxpeft.generate.ddpm import Predict, Schedule, q_sample
-from jaxpeft.updates import mask_updates
+from jaxpeft.updates import descend, mask_updates
 
 __all__ = [
     "ALWAYS",
@@ -160,16 +160,11 @@ def inner(
         # Gradients first, or what is frozen would count in the norm that is clipped; updates last, or it would decay.
         chained = optax.chain(mask_updates(gate), optimiser(rate), mask_updates(gate))
 
-        def step(state: Any, now: Any) -> tuple[Any, Array]:
-            learned, moments = state
+        def drawn(learned: PyTree, now: Any) -> Array:
             rows, key = now
-            batch = jax.tree.map(lambda x: x[rows], data)
-            value, grads = jax.value_and_grad(lambda d: loss(params, trees.combine(d, fixed), batch, key))(learned)
-            updates, moments = chained.update(grads, moments, learned)
-            return (optax.apply_updates(learned, updates), moments), value
+            return loss(params, trees.combine(learned, fixed), jax.tree.map(lambda x: x[rows], data), key)
 
-        keys = jax.random.split(key, rows.shape[0])
-        (learned, _), losses = jax.lax.scan(step, (learned, chained.init(learned)), (rows, keys))
+        learned, losses = descend(drawn, learned, chained, (rows, jax.random.split(key, rows.shape[0])))
         return trees.combine(learned, fixed), losses
 
     return run
