@@ -222,17 +222,18 @@ def teacher_of(s: Setup, part: Any, keep: bool) -> tuple[Cnn, Any, float]:
         z = model.apply(params, jnp.concatenate([x, changed])).reshape(3, -1, CLASSES)
         return rb.robust_loss(z[0], z[1:], y)
 
+    fit = jax.jit(lambda p, at, *data: descend(lambda p, at: loss(p, at, *data), p, optimiser, at))
+    at = jnp.asarray(rows), jax.random.split(jax.random.key(1), s.teacher_steps)
+
     def run(params: Any) -> Any:
-        at = jnp.asarray(rows), jax.random.split(jax.random.key(1), s.teacher_steps)
-        fit = jax.jit(lambda p, *data: descend(lambda p, at: loss(p, at, *data), p, optimiser, at))
-        params, losses = fit(params, images, labels)
+        params, losses = fit(params, at, images, labels)
         print(f"teacher: loss {float(losses[0]):.3f} to {float(losses[-20:].mean()):.3f}", flush=True)
         return params
 
     what = {"channels": s.teacher_channels, "steps": s.teacher_steps, "batch": s.teacher_batch, "rate": s.teacher_rate}
     what |= {"examples": s.base.examples, "size": s.base.size}
     params = kept("robustify-teacher", what, start, run, keep)
-    one = jax.jit(step).lower((start, optimiser.init(start)), (rows[0], jax.random.key(0)), images, labels).compile()
+    one = fit.lower(start, jax.tree.map(lambda x: x[:1], at), images, labels).compile()
     return model, params, s.teacher_steps * study.counted(one)["gflop"]
 
 
