@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxpeft.models.layers import (
     Block,
     BlockConfig,
+    Keys,
     attention_bias,
     checked_length,
     checked_mask,
@@ -31,11 +32,36 @@ from jaxpeft.models.layers import (
     extend_left,
     from_fields,
     norm,
+    read_keys,
     run_layers,
+    write_keys,
 )
 from jaxpeft.models.names import Row, dense_rows, embed_row, norm_rows, under
 from jaxpeft.models.vit import CLIP_VISION_ROWS, VisionConfig, VisionTransformer, pair, unpair
 from jaxpeft.trees import wide_dtype
+
+_TOWER_KEYS = {
+    "num_hidden_layers": ("layers", 12),
+    "hidden_act": ("activation", "quick_gelu"),
+    "layer_norm_eps": ("norm_eps", 1e-5),
+    "initializer_range": ("init_std", 0.02),
+}
+VISION_KEYS = _TOWER_KEYS | {
+    "hidden_size": ("width", 768),
+    "num_attention_heads": ("heads", 12),
+    "intermediate_size": ("mlp_width", 3072),
+    "image_size": ("image", 224),
+    "patch_size": ("patch", 32),
+    "num_channels": ("channels", 3),
+}
+TEXT_KEYS = _TOWER_KEYS | {
+    "hidden_size": ("width", 512),
+    "num_attention_heads": ("heads", 8),
+    "intermediate_size": ("mlp_width", 2048),
+    "vocab_size": ("vocab", 49408),
+    "max_position_embeddings": ("max_positions", 77),
+    "eos_token_id": ("eos_id", 49407),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,21 +98,12 @@ class ClipConfig:
     def from_hf(cls, hf: Mapping[str, Any], **overrides: Any) -> "ClipConfig":
         """From the dictionary of a `config.json` of model_type clip."""
         text, vision = hf.get("text_config") or {}, hf.get("vision_config") or {}
-        image = {
-            "image": pair(vision.get("image_size", 224)),
-            "patch": pair(vision.get("patch_size", 32)),
-            "channels": vision.get("num_channels", 3),
-            "patch_bias": False,
-            "embedding_norm": True,
-        }
-        words = {
-            "vocab": text.get("vocab_size", 49408),
-            "max_positions": text.get("max_position_embeddings", 77),
-            "eos_id": text.get("eos_token_id", 49407),
-        }
+        image, words = _tower(vision, VISION_KEYS), _tower(text, TEXT_KEYS)
+        image |= {"image": pair(image["image"]), "patch": pair(image["patch"])}
+        image |= {"patch_bias": False, "embedding_norm": True}
         fields = {
-            "vision": from_fields(VisionConfig, vision, {**_tower(vision, 768, 12, 3072), **image}, {}),
-            "text": from_fields(ClipTextConfig, text, {**_tower(text, 512, 8, 2048), **words}, {}),
+            "vision": from_fields(VisionConfig, vision, image, {}),
+            "text": from_fields(ClipTextConfig, text, words, {}),
             "projection": hf.get("projection_dim", 512),
             "logit_scale": hf.get("logit_scale_init_value", 2.6592),
         }
@@ -95,46 +112,27 @@ class ClipConfig:
     def to_hf(self) -> dict[str, Any]:
         """The dictionary for `config.json`, without `architectures`."""
         v, t = self.vision, self.text
-        vision = {"image_size": unpair(v.image), "patch_size": unpair(v.patch), "num_channels": v.channels}
-        text = {"vocab_size": t.vocab, "max_position_embeddings": t.max_positions, "eos_token_id": t.eos_id}
+        sizes = {"image_size": unpair(v.image), "patch_size": unpair(v.patch)}
         return {
             **json.loads(self.extra or "{}"),
             "model_type": "clip",
             "projection_dim": self.projection,
             "logit_scale_init_value": self.logit_scale,
-            "vision_config": v.written({**_written_tower(v), **vision, "model_type": "clip_vision_model"}),
-            "text_config": t.written({**_written_tower(t), **text, "model_type": "clip_text_model"}),
+            "vision_config": _written(v, VISION_KEYS, model_type="clip_vision_model", **sizes),
+            "text_config": _written(t, TEXT_KEYS, model_type="clip_text_model"),
             "dtype": str(self.param_dtype),
         }
 
 
-def _tower(hf: Mapping[str, Any], width: int, heads: int, mlp_width: int) -> dict[str, Any]:
-    width, heads = hf.get("hidden_size", width), hf.get("num_attention_heads", heads)
-    return {
-        "width": width,
-        "layers": hf.get("num_hidden_layers", 12),
-        "heads": heads,
-        "head_dim": width // heads,
-        "mlp_width": hf.get("intermediate_size", mlp_width),
-        "activation": hf.get("hidden_act", "quick_gelu"),
-        "norm_eps": hf.get("layer_norm_eps", 1e-5),
-        "pre_norm": True,
-        "init_std": hf.get("initializer_range", 0.02),
-    }
+def _tower(hf: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
+    fields = read_keys(hf, keys)
+    return {**fields, "head_dim": fields["width"] // fields["heads"], "pre_norm": True}
 
 
-def _written_tower(config: BlockConfig) -> dict[str, Any]:
+def _written(config: BlockConfig, keys: Keys, **more: Any) -> dict[str, Any]:
     if config.head_dim * config.heads != config.width:
         raise ValueError(f"a CLIP config needs width = heads · head_dim, got {config}")
-    return {
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.mlp_width,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.norm_eps,
-        "initializer_range": config.init_std,
-    }
+    return config.written({**write_keys(config, keys), **more})
 
 
 class TextEmbeddings(nn.Module):

@@ -38,7 +38,9 @@ from jaxpeft.models.layers import (
     extend_left,
     from_fields,
     norm,
+    read_keys,
     run_layers,
+    write_keys,
 )
 from jaxpeft.models.names import Row, dense_rows, embed_row, norm_rows
 
@@ -98,6 +100,37 @@ class Rope:
         return ((1 - smooth) * plain / self.factor + smooth * plain).astype(np.float32)
 
 
+GPT2_KEYS = {
+    "n_embd": ("width", 768),
+    "n_layer": ("layers", 12),
+    "n_head": ("heads", 12),
+    "n_inner": ("mlp_width", None),
+    "activation_function": ("activation", "gelu_new"),
+    "layer_norm_epsilon": ("norm_eps", 1e-5),
+    "resid_pdrop": ("dropout", 0.1),
+    "initializer_range": ("init_std", 0.02),
+    "vocab_size": ("vocab", 50257),
+    "n_positions": ("max_positions", 1024),
+    "tie_word_embeddings": ("tied", True),
+}
+LLAMA_KEYS = {
+    "hidden_size": ("width", 4096),
+    "num_hidden_layers": ("layers", 32),
+    "num_attention_heads": ("heads", 32),
+    "num_key_value_heads": ("kv_heads", None),
+    "head_dim": ("head_dim", None),
+    "intermediate_size": ("mlp_width", 11008),
+    "hidden_act": ("activation", "silu"),
+    "rms_norm_eps": ("norm_eps", 1e-6),
+    "attention_bias": ("qkv_bias", False),
+    "mlp_bias": ("mlp_bias", False),
+    "initializer_range": ("init_std", 0.02),
+    "vocab_size": ("vocab", 32000),
+    "max_position_embeddings": ("max_positions", 2048),
+    "tie_word_embeddings": ("tied", False),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig(BlockConfig):
     """A GPT-2 or Llama decoder (`family`). `tied` reads the logits off the word table."""
@@ -119,43 +152,13 @@ class DecoderConfig(BlockConfig):
 
     def to_hf(self) -> dict[str, Any]:
         """The dictionary for `config.json`, without `architectures`."""
-        fields: dict[str, Any]
         if self.family == "gpt2":
             if self.head_dim * self.heads != self.width:
                 raise ValueError(f"a GPT-2 config needs width = heads · head_dim, got {self}")
-            fields = {
-                "n_embd": self.width,
-                "n_layer": self.layers,
-                "n_head": self.heads,
-                "n_inner": self.mlp_width,
-                "n_positions": self.max_positions,
-                "activation_function": self.activation,
-                "layer_norm_epsilon": self.norm_eps,
-                "resid_pdrop": self.dropout,
-                "embd_pdrop": self.dropout,
-            }
+            keys, more = GPT2_KEYS, {"embd_pdrop": self.dropout}
         else:
-            fields = {
-                "hidden_size": self.width,
-                "num_hidden_layers": self.layers,
-                "num_attention_heads": self.heads,
-                "num_key_value_heads": self.kv_heads or self.heads,
-                "head_dim": self.head_dim,
-                "intermediate_size": self.mlp_width,
-                "max_position_embeddings": self.max_positions,
-                "hidden_act": self.activation,
-                "rms_norm_eps": self.norm_eps,
-                "attention_bias": self.qkv_bias,
-                "mlp_bias": self.mlp_bias,
-                **self.rope.to_hf(),
-            }
-        shared = {
-            "model_type": self.family,
-            "vocab_size": self.vocab,
-            "initializer_range": self.init_std,
-            "tie_word_embeddings": self.tied,
-        }
-        return self.written({**fields, **shared})
+            keys, more = LLAMA_KEYS, {"num_key_value_heads": self.kv_heads or self.heads, **self.rope.to_hf()}
+        return self.written({"model_type": self.family, **write_keys(self, keys), **more})
 
 
 def _gpt2_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,47 +172,30 @@ def _gpt2_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     drops = {hf.get("resid_pdrop", 0.1), hf.get("embd_pdrop", 0.1)}
     if len(drops) > 1:
         raise ValueError(f"GPT-2 with different resid_pdrop and embd_pdrop ({sorted(drops)}) is not read here")
-    width, heads = hf.get("n_embd", 768), hf.get("n_head", 12)
+    fields = read_keys(hf, GPT2_KEYS)
     return {
-        "width": width,
-        "layers": hf.get("n_layer", 12),
-        "heads": heads,
-        "head_dim": width // heads,
-        "mlp_width": hf.get("n_inner") or 4 * width,
-        "activation": hf.get("activation_function", "gelu_new"),
-        "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
+        **fields,
+        "head_dim": fields["width"] // fields["heads"],
+        "mlp_width": fields["mlp_width"] or 4 * fields["width"],
         "pre_norm": True,
         "fused_qkv": True,
         "dropout": drops.pop(),
-        "init_std": hf.get("initializer_range", 0.02),
-        "vocab": hf.get("vocab_size", 50257),
-        "max_positions": hf.get("n_positions", 1024),
-        "tied": hf.get("tie_word_embeddings", True),
     }
 
 
 def _llama_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    width, heads = hf.get("hidden_size", 4096), hf.get("num_attention_heads", 32)
-    bias = bool(hf.get("attention_bias", False))
+    fields = read_keys(hf, LLAMA_KEYS)
+    bias = bool(fields["qkv_bias"])
     return {
-        "width": width,
-        "layers": hf.get("num_hidden_layers", 32),
-        "heads": heads,
-        "head_dim": hf.get("head_dim") or width // heads,
-        "kv_heads": hf.get("num_key_value_heads") or heads,
-        "mlp_width": hf.get("intermediate_size", 11008),
-        "activation": hf.get("hidden_act", "silu"),
+        **fields,
+        "head_dim": fields["head_dim"] or fields["width"] // fields["heads"],
+        "kv_heads": fields["kv_heads"] or fields["heads"],
         "gated": True,
         "norm": "rms",
-        "norm_eps": hf.get("rms_norm_eps", 1e-6),
         "pre_norm": True,
         "qkv_bias": bias,
         "out_bias": bias,
-        "mlp_bias": bool(hf.get("mlp_bias", False)),
-        "init_std": hf.get("initializer_range", 0.02),
-        "vocab": hf.get("vocab_size", 32000),
-        "max_positions": hf.get("max_position_embeddings", 2048),
-        "tied": hf.get("tie_word_embeddings", False),
+        "mlp_bias": bool(fields["mlp_bias"]),
         "rope": Rope.from_hf(hf),
     }
 

@@ -30,12 +30,30 @@ from jaxpeft.models.layers import (
     extend_left,
     from_fields,
     norm,
+    read_keys,
     run_layers,
     with_pooler,
+    write_keys,
 )
 from jaxpeft.models.names import Row, dense_rows, embed_row, norm_rows, under
 
 EncoderBlock = Block
+
+BERT_KEYS = {
+    "hidden_size": ("width", 768),
+    "num_hidden_layers": ("layers", 12),
+    "num_attention_heads": ("heads", 12),
+    "intermediate_size": ("mlp_width", 3072),
+    "hidden_act": ("activation", "gelu"),
+    "layer_norm_eps": ("norm_eps", 1e-12),
+    "hidden_dropout_prob": ("dropout", 0.1),
+    "initializer_range": ("init_std", 0.02),
+    "vocab_size": ("vocab", 30522),
+    "max_position_embeddings": ("max_positions", 512),
+    "type_vocab_size": ("types", 2),
+    "pad_token_id": ("pad_id", 0),
+}
+ROBERTA_KEYS = BERT_KEYS | {"vocab_size": ("vocab", 50265), "pad_token_id": ("pad_id", 1)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,47 +84,15 @@ class EncoderConfig(BlockConfig):
         family = hf.get("model_type", "bert")
         if family not in ("bert", "roberta"):
             raise ValueError(f"model_type {family!r} is not an encoder known here; known: bert, roberta")
-        heads = hf.get("num_attention_heads", 12)
-        width = hf.get("hidden_size", 768)
-        fields = {
-            "width": width,
-            "layers": hf.get("num_hidden_layers", 12),
-            "heads": heads,
-            "head_dim": width // heads,
-            "mlp_width": hf.get("intermediate_size", 3072),
-            "activation": hf.get("hidden_act", "gelu"),
-            "norm_eps": hf.get("layer_norm_eps", 1e-12),
-            "dropout": hf.get("hidden_dropout_prob", 0.1),
-            "init_std": hf.get("initializer_range", 0.02),
-            "vocab": hf.get("vocab_size", 30522 if family == "bert" else 50265),
-            "max_positions": hf.get("max_position_embeddings", 512),
-            "types": hf.get("type_vocab_size", 2),
-            "pad_id": _or(hf.get("pad_token_id"), 0 if family == "bert" else 1),
-            "family": family,
-        }
+        fields = read_keys(hf, BERT_KEYS if family == "bert" else ROBERTA_KEYS)
+        fields |= {"head_dim": fields["width"] // fields["heads"], "family": family}
         return from_fields(cls, hf, fields, overrides)
 
     def to_hf(self) -> dict[str, Any]:
         """The dictionary for `config.json`, without `architectures`."""
         if self.head_dim * self.heads != self.width or (self.kv_heads or self.heads) != self.heads or self.pre_norm:
             raise ValueError("a BERT config needs width = heads · head_dim, as many key as query heads, and post-norm")
-        return self.written(
-            {
-                "model_type": self.family,
-                "hidden_size": self.width,
-                "num_hidden_layers": self.layers,
-                "num_attention_heads": self.heads,
-                "intermediate_size": self.mlp_width,
-                "hidden_act": self.activation,
-                "layer_norm_eps": self.norm_eps,
-                "hidden_dropout_prob": self.dropout,
-                "initializer_range": self.init_std,
-                "vocab_size": self.vocab,
-                "max_position_embeddings": self.max_positions,
-                "type_vocab_size": self.types,
-                "pad_token_id": self.pad_id,
-            }
-        )
+        return self.written({"model_type": self.family, **write_keys(self, BERT_KEYS)})
 
 
 class EncoderEmbeddings(nn.Module):
@@ -288,10 +274,6 @@ def with_labels(hf: dict[str, Any], num_labels: int) -> dict[str, Any]:
         hf["label2id"] = {f"LABEL_{i}": i for i in range(num_labels)}
     hf.pop("num_labels", None)
     return hf
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
 
 
 def _bert_rows() -> list[Row]:

@@ -38,10 +38,27 @@ from jaxpeft.models.layers import (
     extend_left,
     from_fields,
     norm,
+    read_keys,
     run_layers,
+    write_keys,
 )
 from jaxpeft.models.names import Row, dense_rows, embed_row, norm_rows
 from jaxpeft.trees import wide_dtype
+
+T5_KEYS = {
+    "d_model": ("width", 512),
+    "num_layers": ("layers", 6),
+    "num_decoder_layers": ("decoder_layers", None),
+    "num_heads": ("heads", 8),
+    "d_kv": ("head_dim", 64),
+    "d_ff": ("mlp_width", 2048),
+    "layer_norm_epsilon": ("norm_eps", 1e-6),
+    "dropout_rate": ("dropout", 0.1),
+    "vocab_size": ("vocab", 32128),
+    "relative_attention_num_buckets": ("buckets", 32),
+    "relative_attention_max_distance": ("max_distance", 128),
+    "pad_token_id": ("pad_id", 0),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,31 +78,20 @@ class EncoderDecoderConfig(BlockConfig):
         """From the dictionary of a `config.json` of model_type t5."""
         kind = hf.get("feed_forward_proj", "relu")
         gated = kind.startswith("gated-")
-        layers = hf.get("num_layers", 6)
-        fields = {
-            "width": hf.get("d_model", 512),
-            "layers": layers,
-            "decoder_layers": hf.get("num_decoder_layers") or layers,
-            "heads": hf.get("num_heads", 8),
-            "head_dim": hf.get("d_kv", 64),
-            "mlp_width": hf.get("d_ff", 2048),
+        fields = read_keys(hf, T5_KEYS)
+        fields |= {
+            "decoder_layers": fields["decoder_layers"] or fields["layers"],
             # "gated-gelu" has always meant the tanh approximation.
             "activation": "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-"),
             "gated": gated,
             "norm": "rms",
-            "norm_eps": hf.get("layer_norm_epsilon", 1e-6),
             "pre_norm": True,
             "qkv_bias": False,
             "out_bias": False,
             "mlp_bias": False,
             "attention_scale": 1.0,
-            "dropout": hf.get("dropout_rate", 0.1),
             "inner_dropout": True,
             "init_std": None,
-            "vocab": hf.get("vocab_size", 32128),
-            "buckets": hf.get("relative_attention_num_buckets", 32),
-            "max_distance": hf.get("relative_attention_max_distance", 128),
-            "pad_id": hf.get("pad_token_id") or 0,
             "scaled": hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True)) is not False,
         }
         return from_fields(cls, hf, fields, overrides)
@@ -97,19 +103,8 @@ class EncoderDecoderConfig(BlockConfig):
             {
                 "model_type": "t5",
                 "is_encoder_decoder": True,
-                "d_model": self.width,
-                "num_layers": self.layers,
-                "num_decoder_layers": self.decoder_layers,
-                "num_heads": self.heads,
-                "d_kv": self.head_dim,
-                "d_ff": self.mlp_width,
+                **write_keys(self, T5_KEYS),
                 "feed_forward_proj": f"gated-{kind}" if self.gated else kind,
-                "layer_norm_epsilon": self.norm_eps,
-                "dropout_rate": self.dropout,
-                "vocab_size": self.vocab,
-                "relative_attention_num_buckets": self.buckets,
-                "relative_attention_max_distance": self.max_distance,
-                "pad_token_id": self.pad_id,
                 # Readers take this as "scale before the head", and find out by the tensors whether it is tied.
                 "tie_word_embeddings": self.scaled,
                 "scale_decoder_outputs": self.scaled,

@@ -124,6 +124,21 @@ def from_fields(cls: type[C], hf: Mapping[str, Any], fields: Mapping[str, Any], 
     return cls(**{**fields, "extra": json.dumps(extra, sort_keys=True), **overrides})
 
 
+Keys = Mapping[str, tuple[str, Any]]
+"""How a family writes a config: name in its `config.json` -> (field here, value where that is missing or null)."""
+
+
+def read_keys(hf: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
+    """The fields that `hf` gives."""
+    given = {name: hf.get(name) for name in keys}
+    return {field: default if given[name] is None else given[name] for name, (field, default) in keys.items()}
+
+
+def write_keys(config: BlockConfig, keys: Keys) -> dict[str, Any]:
+    """Undoes `read_keys`."""
+    return {name: getattr(config, field) for name, (field, _) in keys.items()}
+
+
 # ------------------------------------------------------------------------------------------------ small modules
 
 

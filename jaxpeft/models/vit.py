@@ -27,10 +27,27 @@ from jaxpeft.models.layers import (
     from_fields,
     kernel_init,
     norm,
+    read_keys,
     run_layers,
     with_pooler,
+    write_keys,
 )
 from jaxpeft.models.names import Row, dense_rows, embed_row, norm_rows, under
+
+VIT_KEYS = {
+    "hidden_size": ("width", 768),
+    "num_hidden_layers": ("layers", 12),
+    "num_attention_heads": ("heads", 12),
+    "intermediate_size": ("mlp_width", 3072),
+    "hidden_act": ("activation", "gelu"),
+    "layer_norm_eps": ("norm_eps", 1e-12),
+    "qkv_bias": ("qkv_bias", True),
+    "hidden_dropout_prob": ("dropout", 0.0),
+    "initializer_range": ("init_std", 0.02),
+    "image_size": ("image", 224),
+    "patch_size": ("patch", 16),
+    "num_channels": ("channels", 3),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,46 +75,17 @@ class VisionConfig(BlockConfig):
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], **overrides: Any) -> "VisionConfig":
         """From the dictionary of a `config.json` of model_type vit."""
-        width, heads = hf.get("hidden_size", 768), hf.get("num_attention_heads", 12)
-        fields = {
-            "width": width,
-            "layers": hf.get("num_hidden_layers", 12),
-            "heads": heads,
-            "head_dim": width // heads,
-            "mlp_width": hf.get("intermediate_size", 3072),
-            "activation": hf.get("hidden_act", "gelu"),
-            "norm_eps": hf.get("layer_norm_eps", 1e-12),
-            "pre_norm": True,
-            "qkv_bias": hf.get("qkv_bias", True),
-            "dropout": hf.get("hidden_dropout_prob", 0.0),
-            "init_std": hf.get("initializer_range", 0.02),
-            "image": pair(hf.get("image_size", 224)),
-            "patch": pair(hf.get("patch_size", 16)),
-            "channels": hf.get("num_channels", 3),
-        }
+        fields = read_keys(hf, VIT_KEYS)
+        fields |= {"head_dim": fields["width"] // fields["heads"], "pre_norm": True}
+        fields |= {"image": pair(fields["image"]), "patch": pair(fields["patch"])}
         return from_fields(cls, hf, fields, overrides)
 
     def to_hf(self) -> dict[str, Any]:
         """The dictionary for `config.json`, without `architectures`."""
         if self.head_dim * self.heads != self.width:
             raise ValueError(f"a ViT config needs width = heads · head_dim, got {self}")
-        return self.written(
-            {
-                "model_type": "vit",
-                "hidden_size": self.width,
-                "num_hidden_layers": self.layers,
-                "num_attention_heads": self.heads,
-                "intermediate_size": self.mlp_width,
-                "hidden_act": self.activation,
-                "layer_norm_eps": self.norm_eps,
-                "qkv_bias": self.qkv_bias,
-                "hidden_dropout_prob": self.dropout,
-                "initializer_range": self.init_std,
-                "image_size": unpair(self.image),
-                "patch_size": unpair(self.patch),
-                "num_channels": self.channels,
-            }
-        )
+        sizes = {"image_size": unpair(self.image), "patch_size": unpair(self.patch)}
+        return self.written({"model_type": "vit", **write_keys(self, VIT_KEYS), **sizes})
 
 
 class VisionEmbeddings(nn.Module):
