@@ -288,7 +288,7 @@ def test_learned_blocks_fit_what_one_number_a_vector_cannot():
     loss = lambda lam, _: sum(
         jnp.square(x - y).sum() for x, y in zip(*map(jax.tree.leaves, (compose(base, tau, lam), target)))
     )
-    learn = lambda lam: fit_lam(loss, lam, jnp.zeros(1), adamw(0.05, decay=0.0), steps=1500)
+    learn = lambda lam: fit_lam(loss, lam, np.zeros(1), adamw(0.05, decay=0.0), steps=1500)
     assert learn(init_lam(base, T)).losses[-1] < 1e-4
     assert learn(jnp.zeros(T)).losses[-1] > 1
 
