@@ -21,7 +21,7 @@ incomparable, so A is fixed and common to all: the first 8 right singular vector
 mean square; B is trained from zero, and generated: 6,144 numbers. (Rank 1 or 2 with a fixed A would see two directions of
 384.) The zoo: 200 tasks with one LoRA each, 30 steps of three texts a class out of 60, along the gradient with lengths that
 fall linearly: Adam would fill B with noise where the gradient is small. The autoencoder is linear, for 200 vectors. 24
-held-out tasks; the first length is chosen out of three by validation texts of 6 further tasks. Three seeds.
+held-out tasks; the first length is chosen out of three by validation texts of 6 further tasks. Five seeds.
 
     D2NWG                        a generated LoRA, the mean over ten; "best of 10" by the loss on the texts shown
     no LoRA; mean LoRA           B = 0; the zoo's mean
@@ -114,7 +114,7 @@ class Loras:
     together: int = 16  # runs in one program
     stages: tuple[int, int, int] = (3000, 2000, 6000)
     rates: tuple[float, ...] = (0.1, 0.3, 1.0)
-    seeds: int = 3
+    seeds: int = 5
 
 
 @dataclasses.dataclass(frozen=True)
