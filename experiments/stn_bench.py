@@ -7,8 +7,8 @@ A script has a model, its losses and its data {"train": (inputs, targets), "vali
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +127,36 @@ def chosen(evaluations: Any) -> tuple[float, float]:
     """(validation loss, test loss) where the former is least; a run that broke off has none."""
     e = np.nan_to_num(np.asarray(evaluations).reshape(-1, 2), nan=1e9)
     return tuple(map(float, e[e[:, 0].argmin()]))  # type: ignore[return-value]
+
+
+class Rates(NamedTuple):
+    """Learning rates: of whole and of short plain runs, of STN's network and of its λ."""
+
+    plain: float
+    short: float
+    own: float
+    lam: float
+
+
+def rates_of(
+    rates: Sequence[float],
+    own_rates: Sequence[float],
+    lam_rates: Sequence[float],
+    whole: Callable[[Sequence[float]], Iterable[Any]],
+    short: Callable[[Sequence[float]], Iterable[Any]],
+    own: Callable[[float, float], Any],
+) -> Rates:
+    """Those of the least validation loss.
+
+    Args:
+      whole, short: rates -> losses (evaluations, 2) of a plain run at each.
+      own: `(rate, λ's rate) ->` those of STN.
+    """
+    plain, hurried = (dict(zip(rates, (chosen(e)[0] for e in runs(rates)))) for runs in (whole, short))
+    both = {pair: chosen(own(*pair))[0] for pair in itertools.product(own_rates, lam_rates)}
+    best = lambda found: min(found, key=found.__getitem__)
+    print(f"rates: plain {plain}, short {hurried}, STN and λ {both}", flush=True)
+    return Rates(best(plain), best(hurried), *best(both))
 
 
 # --------------------------------------------------------------------------------------------------------------- searches

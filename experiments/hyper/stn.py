@@ -195,32 +195,31 @@ def main() -> None:
     at = lambda lam: np.asarray(constrain(SPECS, jnp.asarray(lam, jnp.float32)))
 
     data, key = data_of(s, 1000, parts), key_of(1000)
-    tried = {f"{r:g}": chosen(whole(fixed(at(first), steps), r, key, data))[0] for r in s.rates}
-    rate = min(s.rates, key=lambda r: tried[f"{r:g}"])
-    hurried = {f"{r:g}": chosen(eighth(fixed(at(first), short), r, key, data))[0] for r in s.rates}
-    short_rate = min(s.rates, key=lambda r: hurried[f"{r:g}"])
-    both = {(r, q): chosen(tune(first, r, q, key, data)[1])[0] for r in s.own_rates for q in s.lam_rates}
-    own_rate, lam_rate = min(both, key=both.__getitem__)
-    print(
-        f"rates: plain {rate:g} {tried}, short {short_rate:g} {hurried}; STN {own_rate:g}, λ {lam_rate:g}", flush=True
+    rates = stn_bench.rates_of(
+        s.rates,
+        s.own_rates,
+        s.lam_rates,
+        lambda rates: [whole(fixed(at(first), steps), r, key, data) for r in rates],
+        lambda rates: [eighth(fixed(at(first), short), r, key, data) for r in rates],
+        lambda r, q: tune(first, r, q, key, data)[1],
     )
 
     losses: dict[str, list[float]] = {}
     paths, ends = [], []
     for seed in range(s.seeds):
         data, key = data_of(s, seed, parts), key_of(seed)
-        path, found, last = tune(first, own_rate, lam_rate, key, data)
+        path, found, last = tune(first, rates.own, rates.lam, key, data)
         paths.append(np.asarray(path[::2]))
         ends.append({"0.05": dict(zip(SPECS, map(float, last)))})
         if seed < s.start_seeds:
             for start in s.starts:
                 begun = unconstrain(SPECS, {n: h.start for n, h in SPECS.items()} | dict.fromkeys(DROPOUTS, start))
-                ends[-1][f"{start:g}"] = dict(zip(SPECS, map(float, tune(begun, own_rate, lam_rate, key, data)[2])))
-        short_run = lambda lam, d=data, k=key: eighth(fixed(at(lam), short), short_rate, k, d)
-        whole_run = lambda values, d=data, k=key: whole(values, rate, k, d)
+                ends[-1][f"{start:g}"] = dict(zip(SPECS, map(float, tune(begun, rates.own, rates.lam, key, data)[2])))
+        short_run = lambda lam, d=data, k=key: eighth(fixed(at(lam), short), rates.short, k, d)
+        whole_run = lambda values, d=data, k=key: whole(values, rates.plain, k, d)
         here = {
             "STN": chosen(found),
-            "λ held": chosen(tune(first, own_rate, 0.0, key, data)[1]),
+            "λ held": chosen(tune(first, rates.own, 0.0, key, data)[1]),
             "start values": chosen(whole_run(fixed(at(first), steps))),
             "final values": chosen(whole_run(fixed(last, steps))),
             "schedule": chosen(whole_run(path[:steps])),
@@ -269,7 +268,7 @@ def main() -> None:
 
     study.finish(
         "stn", args, paper="MacKay et al.: Self-Tuning Networks, ICLR 2019", setup=s, rows=rows, claims=claims, began=began,
-        figure=figure, last_values=ends, rates={"plain": rate, "short": short_rate, "STN": own_rate, "λ": lam_rate},
+        figure=figure, last_values=ends, rates=rates._asdict(),
     )  # fmt: skip
 
 

@@ -271,16 +271,13 @@ def main() -> None:
     first, first_alone = unconstrain(SPECS), unconstrain(ALONE)
 
     data, key = data_of(s, 1000), key_of(1000)
-    found = whole(np.stack([held(STARTS, steps)] * len(s.rates)), jnp.array(s.rates), key, data)
-    tried = {f"{r:g}": chosen(e)[0] for r, e in zip(s.rates, found)}
-    rate = min(s.rates, key=lambda r: tried[f"{r:g}"])
-    found = eighth(np.stack([held(STARTS, short)] * len(s.rates)), jnp.array(s.rates), key, data)
-    hurried = {f"{r:g}": chosen(e)[0] for r, e in zip(s.rates, found)}
-    short_rate = min(s.rates, key=lambda r: hurried[f"{r:g}"])
-    both = {(r, q): chosen(tune(first, r, q, key, data)[1])[0] for r in s.own_rates for q in s.lam_rates}
-    own_rate, lam_rate = min(both, key=both.__getitem__)
-    print(
-        f"rates: plain {rate:g} {tried}, short {short_rate:g} {hurried}; STN {own_rate:g}, λ {lam_rate:g}", flush=True
+    rates = stn_bench.rates_of(
+        s.rates,
+        s.own_rates,
+        s.lam_rates,
+        lambda rates: whole(np.stack([held(STARTS, steps)] * len(rates)), jnp.array(rates), key, data),
+        lambda rates: eighth(np.stack([held(STARTS, short)] * len(rates)), jnp.array(rates), key, data),
+        lambda r, q: tune(first, r, q, key, data)[1],
     )
 
     losses: dict[str, list[float]] = {}
@@ -288,8 +285,8 @@ def main() -> None:
     for seed in range(s.seeds):
         data, key = data_of(s, seed), key_of(seed)
         unknown.append({k: float((y == 0).mean()) for k, (_, y) in data.items()})
-        path, found, last = tune(first, own_rate, lam_rate, key, data)
-        path_alone, found_alone, last_alone = tune_alone(first_alone, own_rate, lam_rate, key, data)
+        path, found, last = tune(first, rates.own, rates.lam, key, data)
+        path_alone, found_alone, last_alone = tune_alone(first_alone, rates.own, rates.lam, key, data)
         paths.append(np.asarray(path[::2]))
         paths_alone.append(np.asarray(path_alone[::2, 0]))
         ends.append(dict(zip(SPECS, map(float, last))) | {"output, alone": float(last_alone[0])})
@@ -303,16 +300,16 @@ def main() -> None:
             "schedule, alone": with_output(np.asarray(path_alone[:, 0]), steps),
             **outputs,
         }
-        evaluations = whole(np.stack([*schedules.values()]), jnp.full(len(schedules), rate), key, data)
+        evaluations = whole(np.stack([*schedules.values()]), jnp.full(len(schedules), rates.plain), key, data)
         plain = {n: chosen(e) for n, e in zip(schedules, evaluations)}
         short_runs = lambda points, k=key, d=data: eighth(
-            np.stack([held(at(p), short) for p in points]), jnp.full(len(points), short_rate), k, d
+            np.stack([held(at(p), short) for p in points]), jnp.full(len(points), rates.short), k, d
         )
         best = min(("start values", *outputs), key=lambda n, plain=plain: plain[n])
         best_rates.append(best)
         here = {
             "STN": chosen(found),
-            "λ held": chosen(tune(first, own_rate, 0.0, key, data)[1]),
+            "λ held": chosen(tune(first, rates.own, 0.0, key, data)[1]),
             **{n: plain[n] for n in ("start values", "final values", "schedule")},
             "random": min(map(chosen, short_runs(SPACE.random(s.search, seed)))),
             "grid": min(map(chosen, short_runs(SPACE.grid(s.search)))),
@@ -373,7 +370,7 @@ def main() -> None:
     study.finish(
         "stn-language", args, paper="MacKay et al.: Self-Tuning Networks, ICLR 2019", setup=s, rows=rows, claims=claims,
         began=began, figure=figure, last_values=ends, best_fixed=best_rates, unknown_words=unknown,
-        rates={"plain": rate, "short": short_rate, "STN": own_rate, "λ": lam_rate},
+        rates=rates._asdict(),
     )  # fmt: skip
 
 
