@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxpeft.models.layers import (
+    BLOCK_KEYS,
     Block,
     BlockConfig,
     Keys,
@@ -40,21 +41,15 @@ from jaxpeft.models.names import Row, dense_rows, embed_row, norm_rows, under
 from jaxpeft.models.vit import CLIP_VISION_ROWS, VisionConfig, VisionTransformer, pair, unpair
 from jaxpeft.trees import wide_dtype
 
-_TOWER_KEYS = {
-    "num_hidden_layers": ("layers", 12),
-    "hidden_act": ("activation", "quick_gelu"),
-    "layer_norm_eps": ("norm_eps", 1e-5),
-    "initializer_range": ("init_std", 0.02),
-}
-VISION_KEYS = _TOWER_KEYS | {
-    "hidden_size": ("width", 768),
-    "num_attention_heads": ("heads", 12),
-    "intermediate_size": ("mlp_width", 3072),
+_TOWER_KEYS = {**BLOCK_KEYS, "hidden_act": ("activation", "quick_gelu"), "layer_norm_eps": ("norm_eps", 1e-5)}
+VISION_KEYS = {
+    **_TOWER_KEYS,
     "image_size": ("image", 224),
     "patch_size": ("patch", 32),
     "num_channels": ("channels", 3),
 }
-TEXT_KEYS = _TOWER_KEYS | {
+TEXT_KEYS = {
+    **_TOWER_KEYS,
     "hidden_size": ("width", 512),
     "num_attention_heads": ("heads", 8),
     "intermediate_size": ("mlp_width", 2048),
@@ -98,12 +93,12 @@ class ClipConfig:
     def from_hf(cls, hf: Mapping[str, Any], **overrides: Any) -> "ClipConfig":
         """From the dictionary of a `config.json` of model_type clip."""
         text, vision = hf.get("text_config") or {}, hf.get("vision_config") or {}
-        image, words = _tower(vision, VISION_KEYS), _tower(text, TEXT_KEYS)
-        image |= {"image": pair(image["image"]), "patch": pair(image["patch"])}
+        image, words = read_keys(vision, VISION_KEYS), read_keys(text, TEXT_KEYS)
+        image |= {"image": pair(image["image"]), "patch": pair(image["patch"]), "pre_norm": True}
         image |= {"patch_bias": False, "embedding_norm": True}
         fields = {
             "vision": from_fields(VisionConfig, vision, image, {}),
-            "text": from_fields(ClipTextConfig, text, words, {}),
+            "text": from_fields(ClipTextConfig, text, {**words, "pre_norm": True}, {}),
             "projection": hf.get("projection_dim", 512),
             "logit_scale": hf.get("logit_scale_init_value", 2.6592),
         }
@@ -122,11 +117,6 @@ class ClipConfig:
             "text_config": _written(t, TEXT_KEYS, model_type="clip_text_model"),
             "dtype": str(self.param_dtype),
         }
-
-
-def _tower(hf: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
-    fields = read_keys(hf, keys)
-    return {**fields, "head_dim": fields["width"] // fields["heads"], "pre_norm": True}
 
 
 def _written(config: BlockConfig, keys: Keys, **more: Any) -> dict[str, Any]:

@@ -175,7 +175,6 @@ def _gpt2_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     fields = read_keys(hf, GPT2_KEYS)
     return {
         **fields,
-        "head_dim": fields["width"] // fields["heads"],
         "mlp_width": fields["mlp_width"] or 4 * fields["width"],
         "pre_norm": True,
         "fused_qkv": True,
@@ -188,7 +187,6 @@ def _llama_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     bias = bool(fields["qkv_bias"])
     return {
         **fields,
-        "head_dim": fields["head_dim"] or fields["width"] // fields["heads"],
         "kv_heads": fields["kv_heads"] or fields["heads"],
         "gated": True,
         "norm": "rms",

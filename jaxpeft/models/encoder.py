@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxpeft.models.layers import (
+    BLOCK_KEYS,
     Block,
     BlockConfig,
     attention_bias,
@@ -40,20 +41,14 @@ from jaxpeft.models.names import Row, dense_rows, embed_row, norm_rows, under
 EncoderBlock = Block
 
 BERT_KEYS = {
-    "hidden_size": ("width", 768),
-    "num_hidden_layers": ("layers", 12),
-    "num_attention_heads": ("heads", 12),
-    "intermediate_size": ("mlp_width", 3072),
-    "hidden_act": ("activation", "gelu"),
-    "layer_norm_eps": ("norm_eps", 1e-12),
+    **BLOCK_KEYS,
     "hidden_dropout_prob": ("dropout", 0.1),
-    "initializer_range": ("init_std", 0.02),
     "vocab_size": ("vocab", 30522),
     "max_position_embeddings": ("max_positions", 512),
     "type_vocab_size": ("types", 2),
     "pad_token_id": ("pad_id", 0),
 }
-ROBERTA_KEYS = BERT_KEYS | {"vocab_size": ("vocab", 50265), "pad_token_id": ("pad_id", 1)}
+ROBERTA_KEYS = {**BERT_KEYS, "vocab_size": ("vocab", 50265), "pad_token_id": ("pad_id", 1)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,9 +79,11 @@ class EncoderConfig(BlockConfig):
         family = hf.get("model_type", "bert")
         if family not in ("bert", "roberta"):
             raise ValueError(f"model_type {family!r} is not an encoder known here; known: bert, roberta")
-        fields = read_keys(hf, BERT_KEYS if family == "bert" else ROBERTA_KEYS)
-        fields |= {"head_dim": fields["width"] // fields["heads"], "family": family}
-        return from_fields(cls, hf, fields, overrides)
+        keys = BERT_KEYS if family == "bert" else ROBERTA_KEYS
+        fields = read_keys(hf, keys)
+        if fields["pad_id"] is None:  # it may be written as null
+            fields["pad_id"] = keys["pad_token_id"][1]
+        return from_fields(cls, hf, {**fields, "family": family}, overrides)
 
     def to_hf(self) -> dict[str, Any]:
         """The dictionary for `config.json`, without `architectures`."""

@@ -92,6 +92,7 @@ class EncoderDecoderConfig(BlockConfig):
             "attention_scale": 1.0,
             "inner_dropout": True,
             "init_std": None,
+            "pad_id": fields["pad_id"] or 0,
             "scaled": hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True)) is not False,
         }
         return from_fields(cls, hf, fields, overrides)

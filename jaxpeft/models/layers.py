@@ -125,13 +125,24 @@ def from_fields(cls: type[C], hf: Mapping[str, Any], fields: Mapping[str, Any], 
 
 
 Keys = Mapping[str, tuple[str, Any]]
-"""How a family writes a config: name in its `config.json` -> (field here, value where that is missing or null)."""
+"""How a family writes a config: name in its `config.json` -> (field here, value where the name is missing)."""
+
+# BERT's names, which others took over.
+BLOCK_KEYS: Keys = {
+    "hidden_size": ("width", 768),
+    "num_hidden_layers": ("layers", 12),
+    "num_attention_heads": ("heads", 12),
+    "intermediate_size": ("mlp_width", 3072),
+    "hidden_act": ("activation", "gelu"),
+    "layer_norm_eps": ("norm_eps", 1e-12),
+    "initializer_range": ("init_std", 0.02),
+}
 
 
 def read_keys(hf: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
-    """The fields that `hf` gives."""
-    given = {name: hf.get(name) for name in keys}
-    return {field: default if given[name] is None else given[name] for name, (field, default) in keys.items()}
+    """The fields that `hf` gives; `head_dim` is width / heads where it gives none."""
+    fields = {field: hf.get(name, default) for name, (field, default) in keys.items()}
+    return {**fields, "head_dim": fields.get("head_dim") or fields["width"] // fields["heads"]}
 
 
 def write_keys(config: BlockConfig, keys: Keys) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from jaxpeft.models.encoder import label_count, with_labels
 from jaxpeft.models.layers import (
+    BLOCK_KEYS,
     Block,
     BlockConfig,
     dense,
@@ -35,15 +36,9 @@ from jaxpeft.models.layers import (
 from jaxpeft.models.names import Row, dense_rows, embed_row, norm_rows, under
 
 VIT_KEYS = {
-    "hidden_size": ("width", 768),
-    "num_hidden_layers": ("layers", 12),
-    "num_attention_heads": ("heads", 12),
-    "intermediate_size": ("mlp_width", 3072),
-    "hidden_act": ("activation", "gelu"),
-    "layer_norm_eps": ("norm_eps", 1e-12),
+    **BLOCK_KEYS,
     "qkv_bias": ("qkv_bias", True),
     "hidden_dropout_prob": ("dropout", 0.0),
-    "initializer_range": ("init_std", 0.02),
     "image_size": ("image", 224),
     "patch_size": ("patch", 16),
     "num_channels": ("channels", 3),
@@ -76,8 +71,7 @@ class VisionConfig(BlockConfig):
     def from_hf(cls, hf: Mapping[str, Any], **overrides: Any) -> "VisionConfig":
         """From the dictionary of a `config.json` of model_type vit."""
         fields = read_keys(hf, VIT_KEYS)
-        fields |= {"head_dim": fields["width"] // fields["heads"], "pre_norm": True}
-        fields |= {"image": pair(fields["image"]), "patch": pair(fields["patch"])}
+        fields |= {"image": pair(fields["image"]), "patch": pair(fields["patch"]), "pre_norm": True}
         return from_fields(cls, hf, fields, overrides)
 
     def to_hf(self) -> dict[str, Any]:

@@ -420,6 +420,13 @@ def test_saving_other_params_is_refused(tmp_path, build, weights):
         save_model(tmp_path / "new", model, params, max_shard_bytes=0)
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama", "vit"])
+def test_a_config_comes_back_with_its_nulls(family, build):
+    config = build(family, init_std=None).config
+    assert config.to_hf()["initializer_range"] is None
+    assert type(config).from_hf(config.to_hf()).init_std is None
+
+
 def test_configs_without_a_counterpart_are_refused(build):
     for family in ("bert", "gpt2", "vit"):
         with pytest.raises(ValueError, match="width = heads"):
