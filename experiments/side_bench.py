@@ -1,6 +1,7 @@
 """What the experiments of UniPT and SHERL (unipt.py, sherl.py) share: two problems, baselines, what a gradient costs.
 
-digits   a pre-norm ViT (6 blocks, width 96, 17 positions), trained on Fashion-MNIST, adapted to scikit-learn's digits
+digits   a pre-norm ViT (6 blocks, width 96, 17 positions), trained on Fashion-MNIST, adapted to scikit-learn's digits; LST's
+         too (side/lst.py), with a ViT of its own
 R8       MiniLM (6 blocks, width 384) on 20 Reuters articles of each of 8 classes, their first 48 tokens
 """
 
@@ -56,12 +57,12 @@ def setup(smoke: bool) -> Setup:
 LARGE, SMALL = (3e-3, 1e-2, 3e-2), (1e-4, 3e-4, 1e-3)
 
 
-def digits(s: Setup, keep: bool) -> study.Problem:
+def digits(base: bases.Vit, keep: bool, split_seed: int = 2) -> study.Problem:
     """The ViT with a new head, and digits in splits of their own (the standard test split was seen by LST's first run)."""
-    model, params, accuracy = bases.fashion_vit(s.base, keep)
+    model, params, accuracy = bases.fashion_vit(base, keep)
     print(f"Fashion-MNIST validation accuracy {accuracy:.3f}", flush=True)
     model, params = bases.with_new_head(model, params, 10)
-    parts = bases.images("digits", s.base.size, examples=s.base.examples, split_seed=2)
+    parts = bases.images("digits", base.size, examples=base.examples, split_seed=split_seed)
     examples = {k: study.images_of(*p) for k, p in parts.items()}
     return study.Problem(model.apply, params, examples, train.image_classification())
 

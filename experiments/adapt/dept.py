@@ -12,7 +12,8 @@ of 10 and 100 as well; then five seeds of initialisation and order, of which the
 
 Three runs were cut off before: in one the base had learned the bytes' frequencies alone and every arm was at chance; in one
 the prompts had 3 to 30 times the offset's rate and the heads the offset's own, too slow for both; in one there were 32 windows
-of each language, of which offsets learned their places by heart (test accuracies of 35 to 39 %, prompt tuning 52 %).
+of each language, of which offsets learned their places by heart (test accuracies of 35 to 39 %, prompt tuning 52 %). Their test
+windows were those of this run: they had been seen when its sizes and rates were chosen.
 
 Stated before running, each to be reported as holding or not:
   1. DePT's best shape is at least as accurate as prompt tuning at equal size (mean of the paired differences).

@@ -11,7 +11,7 @@ kind sees them.
 
 First stage: MiniLM (all-MiniLM-L6-v2) as it is, cosine of mean-pooled states; its best 8 documents are re-ranked, the rest
 stays below in its order. BM25 stands beside it. Re-ranker: MiniLM as a cross-encoder on [CLS] query [SEP] document [SEP],
-64 tokens, one logit, binary cross-entropy, 1 relevant to 4 others (3 of them MiniLM's best), English alone: 2,000 pairs.
+64 tokens, one logit, binary cross-entropy, 1 relevant to 4 others (3 of them MiniLM's best), English alone: 6,000 pairs.
 
     full         all parameters, zero-shot in the other languages
     RM, RA       a ranking mask (113,040 entries: k) or a ranking adapter (r = 24: as many), trained on top of English's

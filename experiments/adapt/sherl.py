@@ -44,7 +44,7 @@ def forms(reduction: int) -> dict[str, Method]:
 def main() -> None:
     args = study.arguments("SHERL in small; see the file's first lines.")
     s, began = bench.setup(args.smoke), time.perf_counter()
-    problem = bench.digits(s, keep=not args.smoke)
+    problem = bench.digits(s.base, keep=not args.smoke)
     arms = bench.baselines(s, False, ("linear probe", "last layer", "LST", "LoRA", "full"))
     arms |= {n: study.Arm(chain(m, head())) for n, m in forms(s.reductions[1]).items()}
     cost = bench.costs(arms, problem, s, "SHERL")

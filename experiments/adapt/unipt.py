@@ -35,7 +35,7 @@ from jaxpeft.adapt.unipt import unipt
 def main() -> None:
     args = study.arguments("UniPT in small; see the file's first lines.")
     s, began = bench.setup(args.smoke), time.perf_counter()
-    problem = bench.digits(s, keep=not args.smoke)
+    problem = bench.digits(s.base, keep=not args.smoke)
     ours = {
         "UniPT": unipt(s.reductions[1]),
         "UniPT, no interaction": unipt(s.reductions[1], interact=False),

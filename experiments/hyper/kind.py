@@ -15,10 +15,10 @@ is then adapted to the new classes from 200 images, 50 a class, in 600 steps of 
     full             the plain model
 
 Embeddings of labels are trained by all. One rate out of four for each by the Fréchet distance to validation images, of a seed
-that is not measured; three seeds draw starts, images, noise. Quality is the Fréchet distance in the 32 features of a small CNN
-trained on all ten classes at 8 x 8: our own classifier's, no Inception and no FID of anybody else's; of 2,000 samples (DDIM, 25
-steps, 500 of each new class) to the new classes' test images (4,000; of MNIST 400, which lifts all distances alike), at 100,
-300 and 600 steps, and the share of samples that the CNN takes for the class asked for.
+that is not measured; three seeds (a seed takes over ten minutes) draw starts, images, noise. Quality is the Fréchet distance in
+the 32 features of a small CNN trained on all ten classes at 8 x 8: our own classifier's, no Inception and no FID of anybody
+else's; of 2,000 samples (DDIM, 25 steps, 500 of each new class) to the new classes' test images (4,000; of MNIST 400, which
+lifts all distances alike), at 100, 300 and 600 steps, and the share of samples that the CNN takes for the class asked for.
 
 Stated before running, for each set of images, each to be reported as holding or not, by means over seeds:
   1. After 600 steps KIND's distance is at most LoRA's.

@@ -37,9 +37,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bases
 import record
+import side_bench
 import study
 
-from jaxpeft import adapt, bitfit, chain, full, head, houlsby, lora, lst, train
+from jaxpeft import adapt, bitfit, chain, full, head, houlsby, lora, lst
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +77,6 @@ def arms(s: Setup) -> dict[str, study.Arm]:
     return {"linear probe": study.Arm(head()), **with_head, "full": study.Arm(full(), rates=s.full_rates)}
 
 
-def problem_of(s: Setup, keep: bool) -> study.Problem:
-    """The ViT with a new head, and digits in splits of their own."""
-    model, params, accuracy = bases.fashion_vit(s.base, keep)
-    print(f"Fashion-MNIST validation accuracy {accuracy:.3f}", flush=True)
-    model, params = bases.with_new_head(model, params, 10)
-    parts = bases.images("digits", s.base.size, examples=s.base.examples, split_seed=3)
-    examples = {k: study.images_of(*p) for k, p in parts.items()}
-    return study.Problem(model.apply, params, examples, train.image_classification())
-
-
 def verdicts(done: dict[str, Any], cost: dict[str, dict[str, float]]) -> list[dict[str, str]]:
     """The docstring's claims against the rows."""
     ours = done["LST"]
@@ -110,7 +101,7 @@ def verdicts(done: dict[str, Any], cost: dict[str, dict[str, float]]) -> list[di
 def main() -> None:
     began, args = time.perf_counter(), study.arguments("LST in small; see the file's first lines.")
     s = SMOKE if args.smoke else Setup()
-    problem = problem_of(s, keep=not args.smoke)
+    problem = side_bench.digits(s.base, keep=not args.smoke, split_seed=3)
     methods = arms(s)
     cost = {n: study.memory_of(adapt(problem.apply_fn, a.method), problem, s.cost_batch) for n, a in methods.items()}
     done = study.measure(methods, problem, s.budget)
