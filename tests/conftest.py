@@ -1,5 +1,6 @@
 """What all tests share: eight virtual devices, keys of their own, a compilation cache, figures without a screen."""
 
+import functools
 import os
 import zlib
 
@@ -27,6 +28,25 @@ if folder := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
 def key(request):
     """A key that depends on the test's name alone, so that tests do not share their draws."""
     return jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def counted():
+    """counted(f): f with `.traces`, one entry for each time that JAX traces it.
+
+    The size of a jitted function's own cache says the same in most cases, but JAX drops entries of it as it likes.
+    """
+
+    def wrap(f):
+        @functools.wraps(f)
+        def traced(*args):
+            traced.traces.append(f)
+            return f(*args)
+
+        traced.traces = []
+        return traced
+
+    return wrap
 
 
 @pytest.fixture

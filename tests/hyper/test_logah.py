@@ -341,11 +341,12 @@ def test_padding_changes_nothing(weights):
     assert not padded[len(bare) :].any()
 
 
-def test_graphs_of_one_size_share_a_program(weights):
-    run = jax.jit(lambda w, g: NETWORK.encode(w, g))
+def test_graphs_of_one_size_share_a_program(weights, counted):
+    once = counted(NETWORK.encode)
+    run = jax.jit(once)
     graphs = [model_graph(apply, spec, X, nodes=9).arrays() for spec, apply in (perceptron(4, 5, 3), perceptron(4, 9))]
     each = [run(weights, g) for g in graphs]
-    assert run._cache_size() == 1
+    assert len(once.traces) == 1
     many = jax.jit(jax.vmap(NETWORK.encode, (None, 0)))(weights, trees.stack(graphs))
     np.testing.assert_allclose(many, jnp.stack(each), atol=1e-5)
 
