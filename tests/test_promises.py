@@ -19,6 +19,7 @@ from jaxpeft import METHODS, MergeError, PatternError, trees
 from jaxpeft.files import DeltaError, load_delta, save_delta
 from jaxpeft.models import ImageClassifier, SequenceClassifier, VisionConfig, stack_layers
 from jaxpeft.models.encoder import EncoderConfig
+from jaxpeft.train.sweep_command import argument_of
 
 pytestmark = pytest.mark.usefixtures("quick")
 SPECIAL = {
@@ -363,6 +364,22 @@ def test_a_chain_merges_in_the_order_in_which_it_is_applied(pair):
     delta = moved(jax.jit(adapted.init)(jax.random.key(2), params, *inputs))
     want = adapted.apply(params, delta, *inputs)
     np.testing.assert_allclose(model.apply(adapted.merge(params, delta), *inputs), want, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("axis", ["alpha", "dropout"])
+def test_numbers_that_the_sweep_command_sets_may_be_traced(axis):
+    named = {name: argument for name in sorted(METHODS) if (argument := argument_of(name, axis))}
+    assert named.keys() >= {"alpha": {"lora", "dora", "mos", "mam"}, "dropout": {"lora", "dora", "mos"}}[axis]
+    for name, argument in named.items():
+        model, params, inputs = base(name)
+
+        def step(value, name=name, argument=argument, model=model, params=params, inputs=inputs):
+            adapted = jaxpeft.adapt(model.apply, made(name, **{argument: value}), on_dense="refuse")
+            return adapted.apply(
+                params, adapted.init(jax.random.key(0), params, *inputs), *inputs, dropout_key=jax.random.key(1)
+            )
+
+        jax.eval_shape(step, jnp.float32(0.5))
 
 
 def test_the_registry_is_told_the_truth():

@@ -123,7 +123,7 @@ def _checked(rank: int, tasks: int, embedding: int, reduction: int) -> None:
 
 
 @register(
-    family="adapt", paper="Liu et al., NeurIPS 2022", mechanism="hooks", mergeable=False, exact_start=True, rate=1e-3
+    family="adapt", paper="Liu et al., NeurIPS 2022", mechanism="hooks", mergeable=False, exact_start=True, rate=1e-4
 )
 def polyhistor(
     rank: int = 8,
@@ -190,7 +190,7 @@ def polyhistor(
 
 
 @register(
-    family="adapt", paper="Liu et al., NeurIPS 2022", mechanism="hooks", mergeable=False, exact_start=True, rate=1e-3
+    family="adapt", paper="Liu et al., NeurIPS 2022", mechanism="hooks", mergeable=False, exact_start=True, rate=1e-4
 )
 def polyhistor_lite(
     rank: int = 8,

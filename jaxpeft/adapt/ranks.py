@@ -19,7 +19,10 @@ from jaxtyping import Array, Int, Key
 from jaxpeft import trees
 from jaxpeft.method import Call, Delta, Method, Params, from_config
 
-__all__ = ["trim_rank", "with_rank"]
+__all__ = ["RANKED", "trim_rank", "with_rank"]
+
+RANKED = ("lora", "dora")
+"""The methods whose ranks can be traced."""
 
 
 def with_rank(method: Method, rank: Int[Array, ""] | int) -> Method:
@@ -48,8 +51,10 @@ def with_rank(method: Method, rank: Int[Array, ""] | int) -> Method:
       [4, 12]
     """
     config = dict(method.config)
-    if config["method"] not in ("lora", "dora"):
-        raise ValueError(f"with_rank is for lora and dora; this is {config['method']!r}, whose sizes are static")
+    if config["method"] not in RANKED:
+        raise ValueError(
+            f"with_rank is for {' and '.join(RANKED)}; this is {config['method']!r}, whose sizes are static"
+        )
     if config["rank_pattern"]:
         raise ValueError(
             f"with_rank sets one rank for all weights; this method has rank_pattern={config['rank_pattern']}"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft.adapt.ranks import with_rank
+from jaxpeft.adapt.ranks import RANKED, with_rank
 from jaxpeft.method import Method, entry
 from jaxpeft.train.metrics import accuracy, macro_f1
 from jaxpeft.train.population import Run, run_of
@@ -47,19 +47,23 @@ def settings_of(config: Config, axes: Mapping[str, Sequence[float]]) -> dict[str
     if not (axes["rate"] and axes["seed"]):
         raise ConfigError("a grid of no settings: give rates and at least one seed")
     for name in ("alpha", "rank", "dropout"):
-        if axes[name] and _argument(config.method, name) is None:
+        if axes[name] and argument_of(config.method, name) is None:
             raise ConfigError(f"{config.method} has no {name} to sweep")
     if any(axes[name] for name in ("alpha", "rank", "dropout")) and build_method(config).prepare is not None:
         raise ConfigError(f"{config.method} looks at the data before it is made: sweep its rate, decay and seed only")
     return grid(**{name: axes[name] for name in AXES if axes[name]})
 
 
-def _argument(method: str, axis: str) -> str | None:
-    """The argument of the method's factory that an axis sets; None where it has none that may be traced."""
+def argument_of(method: str, axis: str) -> str | None:
+    """The argument of the method's factory that an axis sets; None where it has none that may be traced.
+
+    Numbers that a factory takes as arrays too are annotated `Any`; ranks are traced by `with_rank`.
+    """
+    if axis == "rank":
+        return axis if method in RANKED else None
     known = inspect.signature(entry(method).factory).parameters
-    if axis == "alpha":
-        return next((k for k in ("alpha", "scale") if k in known), None)
-    return axis if method in ("lora", "dora") else None
+    names = ("alpha", "scale") if axis == "alpha" else (axis,)
+    return next((k for k in names if k in known and known[k].annotation is Any), None)
 
 
 def method_of(config: Config, setting: Mapping[str, Any], rank: int | None) -> Method:
@@ -67,7 +71,7 @@ def method_of(config: Config, setting: Mapping[str, Any], rank: int | None) -> M
     options = parse_options(config.method, config.options)
     for name in ("alpha", "dropout"):
         if name in setting:
-            options[str(_argument(config.method, name))] = setting[name]
+            options[str(argument_of(config.method, name))] = setting[name]
     if rank is None:
         return with_head(config, entry(config.method).factory(**options))
     return with_head(config, with_rank(entry(config.method).factory(**options | {"rank": rank}), setting["rank"]))
