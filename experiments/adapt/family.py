@@ -58,7 +58,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 NAMES = ["head", "full", "bitfit", "lora", "dora", "ia3", "houlsby", "pfeiffer", "parallel", "prefix_tuning"]
 NAMES += ["prompt_tuning", "mam", "lst", "mos", "vl_adapter", "compacter", "hyperformer", "polyhistor"]
 NAMES += ["polyhistor_lite", "p_adapter", "dept", "mhr", "r_amt", "unipt", "sherl", "diff_fit"]
-NAMES += ["sv_diff", "spt", "sparse_fine_tuning", "das"]
+NAMES += ["sv_diff", "vera", "spt", "sparse_fine_tuning", "das"]
 TEXT_ONLY = ("dept", "prompt_tuning")
 """Left out: methods that combine deltas of other tasks (`scalearn`, `adapter_fusion`, `mad_x`), and BlackVIP, which does
 not train by gradients."""
