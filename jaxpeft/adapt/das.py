@@ -255,7 +255,7 @@ def das(
 
     Raises:
       ValueError: a size below 1.
-      PatternError: no module matches; a layer to skip that is not there.
+      PatternError: no module matches; a layer to skip that is not there; no layer stays.
     """
     if rank < 1 or skip_rank < 1 or k < 1 or turn < 1:
         raise ValueError(f"rank {rank}, skip_rank {skip_rank}, k {k}, turn {turn}: each is at least 1")

@@ -199,6 +199,8 @@ def test_bad_arguments_are_refused(case):
             das(**wrong)
     with pytest.raises(PatternError, match=r"layers_9.*near misses"):
         started(case, das((9,)))
+    with pytest.raises(PatternError, match="attention_norm"):
+        started(case, das(range(4)))
     _, delta = started(case, supernet(2, 2))
     with pytest.raises(ValueError, match=r"a mask of shape \(3,\) for 4 layers"):
         with_mask(delta, jnp.zeros(3, bool))
