@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from jaxpeft import trees
 from jaxpeft.adapt.lora import scale_of
+from jaxpeft.adapt.ranks import RANKED
 from jaxpeft.hoist import over_rows
 from jaxpeft.method import Adapted, Delta, Method, Params, chain_labels
 
@@ -244,7 +245,7 @@ def _fitted_part(config: Mapping[str, Any], source: Mapping[str, Any], delta: De
     want = trees.by_path(like)
     new = {p: _padded(p, x, want[p].shape, p.rpartition("/")[2] in names) for p, x in trees.by_path(delta).items()}
     fitted = trees.replace_leaves(delta, new)
-    if kind not in ("lora", "dora"):
+    if kind not in RANKED:
         return fitted
 
     def rescaled(path: str, d: Mapping[str, Array]) -> dict[str, Array]:

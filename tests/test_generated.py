@@ -77,17 +77,12 @@ def test_baked_for_a_task_it_is_the_plain_method_and_merges(model, close):
     assert kept is delta
 
 
-def test_tasks_are_traced_and_swapped_without_compiling_again(model):
+def test_tasks_are_traced_and_swapped_without_compiling_again(model, counted):
     adapted, params, delta = case(model, per_task(lora(2), 3))
-    traces = []
-
-    @jax.jit
-    def run(task):
-        traces.append(1)
-        return adapted.apply(params, delta, IDS, MASK, task=task)
-
+    once = counted(lambda task: adapted.apply(params, delta, IDS, MASK, task=task))
+    run = jax.jit(once)
     assert not np.allclose(run(jnp.int32(0)), run(jnp.int32(1)))
-    assert len(traces) == 1
+    assert len(once.traces) == 1
 
 
 def test_dropout_is_drawn_for_each_row_of_a_mixed_batch(model):

@@ -204,18 +204,13 @@ def test_a_sharded_base_stays_sharded_and_answers_the_same(axis, mesh, key, clos
     assert sharded["a"].sharding.spec == spec
 
 
-def test_the_second_call_compiles_nothing(tower, key):
+def test_the_second_call_compiles_nothing(tower, key, counted):
     _, params, x, adapted, delta = tower
-    traces = []
-
-    @jax.jit
-    def apply(params, delta, x):
-        traces.append(1)
-        return adapted.apply(params, delta, x)
-
+    once = counted(adapted.apply)
+    apply = jax.jit(once)
     apply(params, delta, x)
     apply(jax.tree.map(lambda p: 2 * p, params), moved(delta, key), x + 1)
-    assert len(traces) == 1
+    assert len(once.traces) == 1
 
 
 def test_a_scale_is_swept_without_recompiling(key, close):

@@ -217,23 +217,19 @@ def measured(
             groups.setdefault((run[0], run[2]) if method.prepare else small, []).append(run)
         return {run: x for group in groups.values() for run, x in zip(group, scores(group, split))}
 
-    tuned: dict[int, dict[float, float]] = {n: {} for n in b.per_class}
+    earlier = before or {"method": name, "budgets": []}
+    tuned: dict[int, dict[float, float]] = {n: {} for n in b.per_class} | tried(earlier, s)
     if best is None:
-        tuned = tried(before, s) if before else tuned
         while new := [(n, f) for n, x in tuned.items() for f in (beside_best(x, s) if x else s.grid)]:
             scored = all_of([(n, f * registered, 1000) for n, f in new], "validation")
             for n, f in new:
                 tuned[n][f] = scored[n, f * registered, 1000]
         best = {n: registered * best_of(x) for n, x in tuned.items()}
-    known = {
-        x["per_class"]: x["test"]
-        for x in (before or {"budgets": ()})["budgets"]
-        if np.isclose(x["rate"], best[x["per_class"]])
-    }
+    known = {x["per_class"]: x["test"] for x in earlier["budgets"] if np.isclose(x["rate"], best[x["per_class"]])}
     found = all_of([(n, best[n], seed) for n in b.per_class if n not in known for seed in range(budget.seeds)], "test")
     return {
         "method": name,
-        "trained": learned[-1] if learned else (before or {})["trained"],
+        "trained": learned[-1],
         "budgets": [
             {
                 "per_class": n,

@@ -22,7 +22,7 @@ from jaxpeft.method import Call, Delta, Method, Params, from_config
 __all__ = ["RANKED", "trim_rank", "with_rank"]
 
 RANKED = ("lora", "dora")
-"""The methods whose ranks can be traced."""
+"""The methods whose scale divides alpha by the rank, and whose ranks can be padded and traced."""
 
 
 def with_rank(method: Method, rank: Int[Array, ""] | int) -> Method:

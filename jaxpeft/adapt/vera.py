@@ -1,16 +1,18 @@
 """VeRA: Vector-based Random Matrix Adaptation (Kopiczko et al., ICLR 2024, arXiv:2310.11454).
 
 LoRA whose two matrices are drawn once, frozen, and shared by all weights; what a weight learns is two vectors that scale the
-columns of either (section 3.1, eq. 2; rows are inputs here):
+columns of either (rows are inputs here):
 
     h = x W + Dropout(x) A diag(d) B diag(b),    A (inner, r) and B (r, outer) frozen,  d (r,) and b (outer,) learned
     A = the first rows of one (largest inner, r), B the first columns of one (r, largest outer), both U(±sqrt(6 / fan in))
     d = 0.1 and b = 0 at the start: the adapted model starts as its base
 
-A weight has r + outer numbers, so ranks are large: 256 and 1024 in the paper, and any rank, however small the weight, is one.
+A weight learns r + outer numbers, so ranks are large, also larger than the weight's sides.
 
-Reference code: the `peft` package (tuners/vera, 0.21.2), whose draws come from torch's generator; ours from the key. The
-frozen matrices are in the delta as fixed leaves, so that its file holds all that it takes (`save_projection` there).
+Reference code: the `peft` package (tuners/vera, 0.21.2), from which equations and defaults are taken; the paper itself was not
+at hand. Its draws come from torch's generator, ours from the key. The frozen matrices are in the delta as fixed leaves, so
+that its file holds all that it takes (`save_projection` there). In code, "a" and "b" of `shared` are the matrices, "d" and "b"
+of `vectors` the vectors.
 
 Letters: r rank; a weight's axes are (*stack, *inner, *outer).
 """
@@ -58,7 +60,7 @@ def vera(
     Args:
       rank: r, at least 1; it may be larger than a weight's sides.
       at: pattern of weights: kernels of any layout, embeddings, convolutions, stacked layers.
-      start: every entry of d at the start; the paper tries 1e-7 to 1.
+      start: every entry of d at the start; `peft` recommends 0.1 or less.
       dropout: as in `lora`.
       name: the key of its delta in a chain.
 

@@ -172,19 +172,14 @@ def test_it_stands_before_dropout_and_keeps_the_sublayers_output(key, close):
     close(dropped[dropped != 0], 2 * want[dropped != 0])
 
 
-def test_a_batch_of_several_tasks_and_a_traced_task_give_each_its_own(params, close):
+def test_a_batch_of_several_tasks_and_a_traced_task_give_each_its_own(params, close, counted):
     method = chain(vl_adapter(RANK, T, "half_down"), full("**/*norm/*", name="norms"), per_task(head(), T))
     adapted, delta = started(params, method)
     delta = moved(delta)
-    traces = []
-
-    @jax.jit
-    def run(task):
-        traces.append(1)
-        return adapted.apply(params, delta, IDS, MASK, task=task)
-
+    once = counted(lambda task: adapted.apply(params, delta, IDS, MASK, task=task))
+    run = jax.jit(once)
     alone = [run(jnp.int32(t)) for t in range(T)]
-    assert len(traces) == 1
+    assert len(once.traces) == 1
     assert not np.allclose(alone[0], alone[1])
     tasks = np.array([2, 0, 1, 2])
     mixed = adapted.apply(params, delta, IDS, MASK, task=jnp.asarray(tasks))
