@@ -61,6 +61,8 @@ NAMES += ["prompt_tuning", "mam", "lst", "mos", "vl_adapter", "compacter", "hype
 NAMES += ["polyhistor_lite", "p_adapter", "dept", "mhr", "r_amt", "unipt", "sherl", "diff_fit"]
 NAMES += ["sv_diff", "vera", "spt", "sparse_fine_tuning", "das"]
 TEXT_ONLY = ("dept", "prompt_tuning")
+COSTS_OF = {"r8": "r8", "r52": "r8", "20ng": "r8", "mnist-5k": "digits", "digits": "digits"}
+"""Where a problem's costs are measured: problems of one base differ in the head's width alone."""
 """Left out: methods that combine deltas of other tasks (`scalearn`, `adapter_fusion`, `mad_x`), and BlackVIP, which does
 not train by gradients."""
 
@@ -142,6 +144,17 @@ def order(labels: np.ndarray, per_class: int, seed: int, budget: study.Budget) -
     return rows[study.rows_of(len(rows), budget.steps, min(budget.batch, len(rows)), seed)]
 
 
+def prepared(name: str, b: Bench, per_class: int, seed: int) -> Method:
+    """The method; one that looks at the data has seen the examples that the seed draws."""
+    made, examples = method_of(name), b.problem.examples
+    if made.prepare is None:
+        return made
+    rows = drawn(np.asarray(examples["train"].label), per_class, seed)
+    seen = {**examples, "train": jax.tree.map(lambda x: x[rows], examples["train"])}
+    budget = dataclasses.replace(b.budget, rates=(METHODS[name].rate,))
+    return made.prepare(study.study_of(dataclasses.replace(b.problem, examples=seen), budget, seed))
+
+
 def tried(part: dict[str, Any], s: Setup) -> dict[int, dict[float, float]]:
     """Validation accuracies of a part by examples a class and by the rate, as a factor of the registered one."""
     factors, registered = s.grid + s.beyond, METHODS[part["method"]].rate
@@ -178,17 +191,12 @@ def measured(
     labels = np.asarray(examples["train"].label)
     registered = METHODS[name].rate
     few = jax.tree.map(lambda x: x[: budget.batch], examples["train"])
-    method = method_of(name)
+    looks = method_of(name).prepare is not None
 
     @functools.lru_cache(1)
     def programs(per_class: int, seed: int) -> Any:
-        """The method, prepared on these examples where it looks at them; its init, trainer, scorer."""
-        own = method
-        if method.prepare is not None:
-            rows = drawn(labels, per_class, seed)
-            seen = {**examples, "train": jax.tree.map(lambda x: x[rows], examples["train"])}
-            shown = dataclasses.replace(problem, examples=seen)
-            own = method.prepare(study.study_of(shown, dataclasses.replace(budget, rates=(registered,)), seed))
+        """The method's init, trainer, scorer."""
+        own = prepared(name, b, per_class, seed)
         adapted = adapt(problem.apply_fn, own)
         fit = jax.jit(
             jax.vmap(study.trainer(adapted, problem, study.Arm(own), budget), in_axes=(None, 0, 0, 0, None, 0))
@@ -200,7 +208,7 @@ def measured(
 
     def scores(runs: list[tuple[int, float, int]], split: str) -> list[float]:
         """The mean accuracy of each (examples a class, rate, seed)."""
-        init, fit, score = programs(*((runs[0][0], runs[0][2]) if method.prepare else (0, 0)))
+        init, fit, score = programs(*((runs[0][0], runs[0][2]) if looks else (0, 0)))
         starts = [init(jax.random.key(seed), problem.params, *study.inputs_of(few)) for _, _, seed in runs]
         learned.append(trees.count(trees.learned(starts[0])[0]))
         rows = np.stack([order(labels, n, seed, budget) for n, _, seed in runs])
@@ -214,7 +222,7 @@ def measured(
         for run in runs:
             # A prepared method is of its examples; small batches of a small budget have a shape of their own.
             small = run[0] * len(np.unique(labels)) < budget.batch
-            groups.setdefault((run[0], run[2]) if method.prepare else small, []).append(run)
+            groups.setdefault((run[0], run[2]) if looks else small, []).append(run)
         return {run: x for group in groups.values() for run, x in zip(group, scores(group, split))}
 
     earlier = before or {"method": name, "budgets": []}
@@ -247,7 +255,7 @@ def measured(
 
 def costs(name: str, b: Bench, rows: int = 32, calls: int = 6) -> dict[str, Any]:
     """Temporaries and operations of one gradient by the compiler, and seconds it takes here (the least of some calls)."""
-    adapted = adapt(b.problem.apply_fn, method_of(name))
+    adapted = adapt(b.problem.apply_fn, prepared(name, b, min(b.per_class), seed=0))
     examples = jax.tree.map(lambda x: jnp.resize(x, (rows, *x.shape[1:])), b.problem.examples["train"])
     inputs = study.inputs_of(examples)
     delta = jax.jit(adapted.init)(jax.random.key(0), b.problem.params, *inputs)
@@ -269,7 +277,9 @@ def collected(folder: Path, s: Setup) -> dict[str, Any]:
         for m in s.names
         if (path := folder / p / f"{m}.json").exists()
     }
-    spent = {p: json.loads(path.read_text()) for p in s.problems if (path := folder / p / "costs.json").exists()}
+    spent = {
+        p: json.loads(path.read_text()) for p in s.problems if (path := folder / COSTS_OF[p] / "costs.json").exists()
+    }
     rows, by, tables = [], {}, {}
     for p in s.problems:
         tables[p] = []
@@ -380,7 +390,7 @@ def main() -> None:
         )
         figures(result, record.RESULTS / "family.png")
         return
-    for p in problems:
+    for p in dict.fromkeys(COSTS_OF[p] for p in problems) if args.do == "costs" else problems:
         b = bench(p, s, keep=True)
         for m in names:
             if m in TEXT_ONLY and hasattr(b.problem.examples["train"], "image"):
