@@ -4,6 +4,7 @@ python experiments/report.py            writes them
 python experiments/report.py --check    exits with 1 where one is stale
 """
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -27,7 +28,32 @@ def experiments_page(found: dict[str, dict[str, Any]]) -> str:
         "",
     ]
     own = {k: r for k, r in found.items() if not k.startswith("bench_") and k != "family"}
-    return _page(lines, own, "results")
+    lines += ["| experiment | what | script | claims that held |", "|---|---|---|---|"]
+    for slug in own:
+        script = script_of(slug)
+        name = script.relative_to(HERE)
+        lines.append(f"| [{slug}](#{slug}) | {_subject(script)} | [{name}]({name}) | {_share(own[slug])} |")
+    return _page([*lines, ""], own, "results")
+
+
+SCRIPTS = {"merge-folders": "merge/folders.py", "r8_default": "adapt/r8.py", "r8_full": "adapt/r8.py"}
+"""Scripts whose results have other names than they."""
+
+
+def script_of(slug: str) -> Path:
+    """The script that writes `results/<slug>.json`."""
+    return HERE / SCRIPTS[slug] if slug in SCRIPTS else next(HERE.glob(f"*/{slug.replace('-', '_')}.py"))
+
+
+def _subject(script: Path) -> str:
+    """The first line of the script's docstring."""
+    return (ast.get_docstring(ast.parse(script.read_text())) or "").splitlines()[0]
+
+
+def _share(result: dict[str, Any]) -> str:
+    """How many of a result's claims held."""
+    claims = result.get("claims", ())
+    return f"{sum(c['verdict'] == 'holds' for c in claims)} of {len(claims)}" if claims else ""
 
 
 def family_page(found: dict[str, dict[str, Any]]) -> str:
@@ -138,9 +164,8 @@ def held(found: dict[str, dict[str, Any]], name: str, page: str = "experiments/R
     """How many of its experiments' claims held, with the way there."""
     told = []
     for slug in (SHARED.get(name, name.replace("_", "-")), *ALSO.get(name, ())):
-        if claims := found.get(slug, {}).get("claims"):
-            good = sum(c["verdict"] == "holds" for c in claims)
-            told.append(f"[{good} of {len(claims)}]({page}#{slug})")
+        if share := _share(found.get(slug, {})):
+            told.append(f"[{share}]({page}#{slug})")
     return ", ".join(told)
 
 
