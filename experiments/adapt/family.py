@@ -54,17 +54,19 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "sherl": {"reduction": 8},
     "das": {"k": 1, "rank": 16, "skip_rank": 32, "epochs": 1.0},
     "sparse_fine_tuning": {"k": 0.02, "at": "**/layers*/**", "steps": 40},
+    "border_prompt": {"low": -1.0, "high": 1.0},
     "mos": {"rank": 4, "at": ("**/attention/{query,key,value,qkv,out}/kernel", "**/mlp/{up,down}/kernel")},
 }
 NAMES = ["head", "full", "bitfit", "lora", "dora", "ia3", "houlsby", "pfeiffer", "parallel", "prefix_tuning"]
 NAMES += ["prompt_tuning", "mam", "lst", "mos", "vl_adapter", "compacter", "hyperformer", "polyhistor"]
 NAMES += ["polyhistor_lite", "p_adapter", "dept", "mhr", "r_amt", "unipt", "sherl", "diff_fit"]
-NAMES += ["sv_diff", "vera", "spt", "sparse_fine_tuning", "das"]
+NAMES += ["sv_diff", "vera", "spt", "sparse_fine_tuning", "das", "border_prompt", "blackvip"]
 TEXT_ONLY = ("dept", "prompt_tuning")
+KINDS = {"texts": ("r8", "r52", "20ng"), "pictures": ("mnist-5k", "digits")}
 COSTS_OF = {"r8": "r8", "r52": "r8", "20ng": "r8", "mnist-5k": "digits", "digits": "digits"}
 """Where a problem's costs are measured: problems of one base differ in the head's width alone."""
-"""Left out: methods that combine deltas of other tasks (`scalearn`, `adapter_fusion`, `mad_x`), and BlackVIP, which does
-not train by gradients."""
+"""Left out: methods that combine deltas of other tasks (`scalearn`, `adapter_fusion`, `mad_x`, `panda`). BlackVIP, made for
+models without gradients, has them here, as all others do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,12 @@ class Bench:
     problem: study.Problem
     per_class: tuple[int, ...]
     budget: study.Budget
+
+
+def is_for(name: str, problem: str) -> bool:
+    """Whether the method reads what the problem consists of."""
+    texts = problem in KINDS["texts"]
+    return METHODS[name].reads != "images" if texts else name not in TEXT_ONLY
 
 
 def some(examples: Any, count: int) -> Any:
@@ -296,15 +304,14 @@ def collected(folder: Path, s: Setup) -> dict[str, Any]:
                 row["memory MiB"] = cost[m]["temporaries_mib"]
                 row["examples/s of LoRA's"] = cost["lora"]["seconds"] / cost[m]["seconds"]
             tables[p].append(row)
-    whole = [
-        m for m in s.names if all((p, m) in parts for p in s.problems if m not in TEXT_ONLY or p in s.problems[:3])
-    ]
-    mean = {m: statistics.mean(x for (_, name, _), x in by.items() if name == m) for m in whole if m not in TEXT_ONLY}
+    whole = [m for m in s.names if all((p, m) in parts for p in s.problems if is_for(m, p))]
+    of_all = [m for m in whole if all(is_for(m, p) for p in s.problems)]
+    mean = {m: statistics.mean(x for (_, name, _), x in by.items() if name == m) for m in of_all}
     rows = [
         {
             "method": m,
             "mean accuracy": 100 * mean[m],
-            "mean trained": statistics.mean(parts[p, m]["trained"] for p in s.problems),
+            "mean trained": round(statistics.mean(parts[p, m]["trained"] for p in s.problems)),
         }
         for m in sorted(mean, key=mean.__getitem__, reverse=True)
     ]
@@ -335,26 +342,55 @@ def collected(folder: Path, s: Setup) -> dict[str, Any]:
 
 
 def figures(result: dict[str, Any], out: Path) -> None:
-    """The least budget's mean accuracy over problems against parameters, and each problem's against memory."""
+    """Mean accuracy over the problems and budgets of a kind against parameters and against memory."""
+    from matplotlib import ticker
+
     plt = study.plt
-    problems = result["tables"]
-    fig, axes = plt.subplots(2, len(problems), figsize=(4.6 * len(problems), 8.4), squeeze=False)
-    for column, p in enumerate(problems):
+    fig, axes = plt.subplots(2, len(KINDS), figsize=(8 * len(KINDS), 12), squeeze=False)
+    drawn_points = []
+    for column, (kind, problems) in enumerate(KINDS.items()):
+        rows = [{r["method"]: r for r in result[p]} for p in problems]
+        names = [m for m in rows[0] if all(m in r for r in rows)]
+        accuracy = {
+            m: statistics.mean(float(x.split()[0]) for r in rows for k, x in r[m].items() if k.endswith("a class"))
+            for m in names
+        }
         for row, (x, label) in enumerate((("trained", "trained parameters"), ("memory MiB", "MiB of temporaries"))):
             ax = axes[row][column]
-            for i, r in enumerate(result[p]):
-                if x not in r:
-                    continue
-                key = next(k for k in r if k.endswith("a class"))
-                mean, std = (float(v) for v in r[key].split(" ± "))
-                ax.errorbar(r[x], mean, std, fmt="o", capsize=2, markersize=3)
-                ax.annotate(
-                    r["method"], (r[x], mean), xytext=(3, 3 if i % 2 else -7), textcoords="offset points", fontsize=6
-                )
-            ax.set(xscale="log", xlabel=label, ylabel=f"test accuracy, {key}", title=p)
+            points = {m: (statistics.mean(r[m][x] for r in rows), accuracy[m]) for m in names}
+            ax.scatter(*zip(*points.values()), s=12)
+            ax.set(xscale="log", xlabel=label, ylabel="mean test accuracy", title=kind)
+            ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if x == "memory MiB" else (1,)))
+            ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            ax.minorticks_off()
+            ax.margins(x=0.15, y=0.08)
+            drawn_points.append((ax, points))
     fig.tight_layout()
-    study.write_atomically(out, lambda path: fig.savefig(path, format="png", dpi=110))
+    for ax, points in drawn_points:  # where points lie is settled by now
+        _label(ax, points)
+    study.write_atomically(out, lambda path: fig.savefig(path, format="png", dpi=100))
     plt.close(fig)
+
+
+def _label(ax: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Names beside their points, each where it hides neither a point nor another name."""
+    at = {m: ax.transData.transform(xy) for m, xy in points.items()}
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in at.values()]
+    for m, (x, y) in sorted(at.items(), key=lambda p: p[1][1]):
+        width, height = 5.8 * len(m), 11.0  # of 8-point letters, in pixels at 100 dpi
+        places = [(dx, dy) for dy in (0, 9, -9, 18, -18, 27, -27, 36, -36) for dx in (6, -6 - width)]
+        boxes = [(x + dx, y + dy - height / 2, x + dx + width, y + dy + height / 2) for dx, dy in places]
+        hidden = [sum(_overlap(box, other) for other in taken) for box in boxes]
+        best = min(range(len(places)), key=hidden.__getitem__)
+        taken.append(boxes[best])
+        side = -1 if places[best][0] < 0 else 1
+        end, middle = ax.transData.inverted().transform((x + 6 * side, y + places[best][1]))
+        ax.text(end, middle, m, fontsize=8, va="center", ha="left" if side > 0 else "right")
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """The area that two boxes (left, bottom, right, top) share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def rates_of(folder: Path, problem: str, name: str) -> dict[int, float] | None:
@@ -393,7 +429,7 @@ def main() -> None:
     for p in dict.fromkeys(COSTS_OF[p] for p in problems) if args.do == "costs" else problems:
         b = bench(p, s, keep=True)
         for m in names:
-            if m in TEXT_ONLY and hasattr(b.problem.examples["train"], "image"):
+            if not is_for(m, p):
                 continue
             path = args.runs / p / ("costs.json" if args.do == "costs" else f"{m}.json")
             held = json.loads(path.read_text()) if path.exists() else {}
