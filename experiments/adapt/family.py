@@ -1,6 +1,6 @@
 """All methods of the family that fit one classifier, on little data: accuracy, size, memory and speed in one table.
 
-    python experiments/adapt/family.py run                      about four hours of one core; minutes on a GPU
+    python experiments/adapt/family.py run                      about six hours of one core
     python experiments/adapt/family.py run --only "digits"      one problem (and `--methods lora dora`: some methods)
     python experiments/adapt/family.py costs                    memory by the compiler, examples/s; nothing beside it
     python experiments/adapt/family.py collect                  makes the results file from what there is
