@@ -169,16 +169,21 @@ def pages(language: str, seed: int = 0) -> dict[str, np.ndarray]:
     return {k: np.frombuffer(b, np.uint8) for k, b in joined.items()}
 
 
-def windows(stream: np.ndarray, rows: int, length: int, seed: int) -> data.TextBatch:
-    """`rows` windows of `length` bytes at random places, as examples for language modelling."""
+def cuts(stream: np.ndarray, rows: int, length: int, seed: int) -> np.ndarray:
+    """`rows` windows of `length` bytes at random places, int32."""
     at = np.random.default_rng(seed).integers(0, len(stream) - length, rows)
-    ids = stream[at[:, None] + np.arange(length)].astype(np.int32)
+    return stream[at[:, None] + np.arange(length)].astype(np.int32)
+
+
+def windows(stream: np.ndarray, rows: int, length: int, seed: int) -> data.TextBatch:
+    """`cuts` as examples for language modelling."""
+    ids = cuts(stream, rows, length, seed)
     return texts_of(ids, np.ones_like(ids), np.zeros(rows))
 
 
-def byte_decoder(s: Bytes, stream: np.ndarray, keep: bool) -> tuple[Decoder, Any]:
-    """The model and its parameters, trained on `stream`."""
-    model = Decoder(
+def byte_model(s: Bytes) -> Decoder:
+    """The model alone."""
+    return Decoder(
         DecoderConfig(
             vocab=256,
             width=s.width,
@@ -192,6 +197,11 @@ def byte_decoder(s: Bytes, stream: np.ndarray, keep: bool) -> tuple[Decoder, Any
             family="gpt2",
         )
     )
+
+
+def byte_decoder(s: Bytes, stream: np.ndarray, keep: bool) -> tuple[Decoder, Any]:
+    """The model and its parameters, trained on `stream`."""
+    model = byte_model(s)
     what = {**dataclasses.asdict(s), "text": hashlib.sha256(stream.tobytes()).hexdigest()}
     start = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, s.context), jnp.int32))
 

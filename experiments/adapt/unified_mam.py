@@ -38,16 +38,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import matplotlib
-import numpy as np
 import optax
 
 from jaxpeft import adapt, chain, data, full, lora, mam, prefix_tuning, train, trees
 from jaxpeft.adapt.adapters import scaled_parallel
 from jaxpeft.adapt.unified import Design, sublayer
 from jaxpeft.files import write_atomically
-from jaxpeft.models import Decoder, DecoderConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import bases
 import record
 from pretraining import kept
 
@@ -106,48 +105,12 @@ def methods(s: Setup) -> dict[str, list]:
     return {**large, **tiny, "full": [full()]}
 
 
-# ------------------------------------------------------------------------------------------------------------- the text
-
-
-def text_bytes(language: str, seed: int) -> tuple[dict[str, np.ndarray], str]:
-    """The pages as bytes, 80/10/10 by whole pages in the seed's order, and the package they came in."""
-    pages = data.manual_pages(language)
-    names = np.random.default_rng(seed).permutation(list(pages.texts))
-    cut = (8 * len(names) // 10, 9 * len(names) // 10)
-    parts = dict(zip(("train", "validation", "test"), np.split(names, cut)))
-    joined = {k: "\n\n".join(pages.texts[n] for n in part).encode() for k, part in parts.items()}
-    return {k: np.frombuffer(b, np.uint8) for k, b in joined.items()}, pages.package
-
-
-def windows(stream: np.ndarray, rows: int, length: int, seed: int) -> np.ndarray:
-    """`rows` windows of `length` bytes at random places."""
-    at = np.random.default_rng(seed).integers(0, len(stream) - length, rows)
-    return stream[at[:, None] + np.arange(length)].astype(np.int32)
+# --------------------------------------------------------------------------------------------------------- running it
 
 
 def batch_of(ids):
     ones = jnp.ones(ids.shape[0], jnp.float32)
     return data.TextBatch(ids, jnp.ones_like(ids), jnp.zeros(len(ids), jnp.int32), ones, jnp.arange(len(ids)))
-
-
-# --------------------------------------------------------------------------------------------------------- running it
-
-
-def model_of(s: Setup) -> Decoder:
-    return Decoder(
-        DecoderConfig(
-            vocab=256,
-            width=s.width,
-            layers=s.layers,
-            heads=s.heads,
-            head_dim=s.width // s.heads,
-            mlp_width=4 * s.width,
-            max_positions=s.context,
-            pre_norm=True,
-            norm_eps=1e-5,
-            family="gpt2",
-        )
-    )
 
 
 def part_of(delta):
@@ -201,7 +164,7 @@ def pretrained(s: Setup, model, stream, keep: bool):
 
     def run(params):
         adapted, rows = adapt(model.apply, full()), s.pretraining_steps * s.pretraining_batch
-        ids = windows(stream, rows, s.context, 0).reshape(s.pretraining_steps, s.pretraining_batch, s.context)
+        ids = bases.cuts(stream, rows, s.context, 0).reshape(s.pretraining_steps, s.pretraining_batch, s.context)
         delta, bad = trainer(adapted, s.pretraining_steps)(params, same_rate(s.pretraining_rate), 0, ids)
         assert int(bad) < 0, f"pretraining diverged at step {int(bad)}"
         return adapted.merge(params, delta)
@@ -229,9 +192,9 @@ def parameters_in_use(method_name: str, delta) -> int:
 def measured(name, candidates, rates, s: Setup, model, params, german):
     """One row: what was chosen on validation (of `candidates` x `rates`), and five seeds on the test pages."""
     began = time.perf_counter()
-    draw = lambda seed: windows(german["train"], s.steps * s.batch, s.context, seed).reshape(s.steps, s.batch, -1)
-    held = windows(german["validation"], s.windows, s.context, 1)
-    test = windows(german["test"], s.windows, s.context, 2)
+    draw = lambda seed: bases.cuts(german["train"], s.steps * s.batch, s.context, seed).reshape(s.steps, s.batch, -1)
+    held = bases.cuts(german["validation"], s.windows, s.context, 1)
+    test = bases.cuts(german["test"], s.windows, s.context, 2)
     tried: dict[tuple[int, int], float] = {}
     programs = []
     for method in candidates:
@@ -327,13 +290,13 @@ def main() -> None:
     s = SMOKE if args.smoke else Setup()
     out = args.out or (None if args.smoke else record.RESULTS / "unified-mam.json")
     began = time.perf_counter()
-    (english, package), (german, german_package) = text_bytes("en", 0), text_bytes("de", 1)
-    model = model_of(s)
+    english, german = bases.pages("en", 0), bases.pages("de", 1)
+    model = bases.byte_model(bases.Bytes(s.layers, s.width, s.heads, s.context))
     params = pretrained(s, model, english["train"], keep=not args.smoke)
     frozen = adapt(model.apply, chain(full(at="**/final_norm/scale")))
     nothing = frozen.init(jax.random.key(0), params, jnp.zeros((1, s.context), jnp.int32))
     base = {
-        language: scorer(frozen)(params, nothing, windows(part["test"], s.windows, s.context, 2))
+        language: scorer(frozen)(params, nothing, bases.cuts(part["test"], s.windows, s.context, 2))
         for language, part in (("en", english), ("de", german))
     }
     print(
@@ -358,7 +321,7 @@ def main() -> None:
             "paper": "Towards a Unified View of Parameter-Efficient Transfer Learning, He et al., ICLR 2022",
             "setup": dataclasses.asdict(s),
             **record.provenance(),
-            "packages": [package, german_package],
+            "packages": [data.manual_pages(language).package for language in ("en", "de")],
             "bytes": {"en": {k: len(v) for k, v in english.items()}, "de": {k: len(v) for k, v in german.items()}},
             "base_bits_per_byte": base,
             "claims": claims,
