@@ -66,27 +66,52 @@ def cases():
     return out
 
 
+def path_of(folder, config, what):
+    """Where the answer to `what` ("plan", "largest") for this configuration is kept."""
+    name = hashlib.sha256(json.dumps([what, dataclasses.asdict(config)], sort_keys=True).encode()).hexdigest()[:16]
+    return folder / f"{name}.json"
+
+
 def kept(folder, config, what, compute):
     """`compute()`, or what an earlier run kept of it for the same configuration."""
-    name = hashlib.sha256(json.dumps([what, dataclasses.asdict(config)], sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / f"{name}.json"
+    path = path_of(folder, config, what)
     if not path.exists():
         record.write(path, compute())
     return json.loads(path.read_text())
 
 
-def row_of(folder, name, config, search):
-    found = kept(folder, config, "plan", lambda: dataclasses.asdict(plan(config)))
-    row = {"case": name, **found}
-    if search and not config.runs:
-        row |= kept(folder, config, "largest", lambda: searched(config))
+def planned(folder, name, config, search):
+    """All that is known of a case; its largest batch too where it is asked for, or was earlier."""
+    found = {"case": name, **kept(folder, config, "plan", lambda: dataclasses.asdict(plan(config)))}
+    if (search and not config.runs) or path_of(folder, config, "largest").exists():
+        found |= kept(folder, config, "largest", lambda: searched(config))
     print(f"{name}: {found['total'] / 1e9:.2f} GB of {found['limit'] / 1e9:.2f}, fits: {found['fits']}", flush=True)
-    return row
+    return found
 
 
 def searched(config):
     rows, plans = largest_batch(config)
     return {"largest_rows": rows, "searched": [[p.config.rows, p.total] for p in plans]}
+
+
+def row_of(found):
+    """A case's line of the table; GB are 10^9 bytes of one device."""
+    config, gigabytes = found["config"], lambda *names: sum(found[n] for n in names) / 1e9
+    return {
+        "case": found["case"],
+        "batch": f"{config['rows']} x {config['length']}",
+        "mesh": ", ".join(f"{axis} {n}" for axis, n in found["mesh"].items()),
+        "base GB": gigabytes("base"),
+        "delta and optimiser GB": gigabytes("delta", "optimiser"),
+        "temporaries GB": gigabytes("temporaries"),
+        "total GB": gigabytes("total"),
+        "of GB": gigabytes("limit"),
+        "fits": "yes" if found["fits"] else "no",
+        "largest batch": found.get("largest_rows"),
+        "collectives": sum(c["count"] for c in found["collectives"].values()) or None,
+        "sent GB": sum(c["bytes"] for c in found["collectives"].values()) / 1e9 or None,
+        "computing s": found["seconds"] or None,
+    }
 
 
 def verdicts(rows):
@@ -142,9 +167,9 @@ def smoke():
             json.dumps(PRESETS["llama-3-8b"] | narrow | {"vocab_size": 512, "num_key_value_heads": 2})
         )
         config = PlanConfig(model=folder, pod="v5e:2x2", options=("rank=4",), rows=4, length=128)
-        row = row_of(Path(folder), "narrow", config, search=False)
-        assert row["fits"]
-        assert row_of(Path(folder), "narrow", config, search=False) == row
+        found = planned(Path(folder), "narrow", config, search=False)
+        assert row_of(found)["fits"] == "yes"
+        assert planned(Path(folder), "narrow", config, search=False) == found
 
 
 def main():
@@ -156,11 +181,14 @@ def main():
     if arguments.smoke:
         smoke()
         return
-    rows = [row_of(RUNS, name, config, arguments.largest) for name, config in cases().items()]
-    claims = verdicts(rows)
+    every = [planned(RUNS, name, config, arguments.largest) for name, config in cases().items()]
+    claims = verdicts(every)
     for c in claims:
         print(f"{c['verdict']:>14}: {c['claim']} ({c['evidence']})")
-    record.write(record.RESULTS / "bench_plan.json", {**record.provenance(), "claims": claims, "rows": rows})
+    record.write(
+        record.RESULTS / "bench_plan.json",
+        {**record.provenance(), "claims": claims, "rows": [row_of(found) for found in every], "details": every},
+    )
 
 
 if __name__ == "__main__":
