@@ -42,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 import record
 import study
+from matplotlib import ticker
 
 from jaxpeft import METHODS, Method, adapt, chain, head, train, trees
 
@@ -61,12 +62,11 @@ NAMES = ["head", "full", "bitfit", "lora", "dora", "ia3", "houlsby", "pfeiffer",
 NAMES += ["prompt_tuning", "mam", "lst", "mos", "vl_adapter", "compacter", "hyperformer", "polyhistor"]
 NAMES += ["polyhistor_lite", "p_adapter", "dept", "mhr", "r_amt", "unipt", "sherl", "diff_fit"]
 NAMES += ["sv_diff", "vera", "spt", "sparse_fine_tuning", "das", "border_prompt", "blackvip"]
-TEXT_ONLY = ("dept", "prompt_tuning")
-KINDS = {"texts": ("r8", "r52", "20ng"), "pictures": ("mnist-5k", "digits")}
-COSTS_OF = {"r8": "r8", "r52": "r8", "20ng": "r8", "mnist-5k": "digits", "digits": "digits"}
-"""Where a problem's costs are measured: problems of one base differ in the head's width alone."""
 """Left out: methods that combine deltas of other tasks (`scalearn`, `adapter_fusion`, `mad_x`, `panda`). BlackVIP, made for
 models without gradients, has them here, as all others do."""
+TEXT_ONLY = ("dept", "prompt_tuning")
+KINDS = {"texts": ("r8", "r52", "20ng"), "pictures": ("digits", "mnist-5k")}
+"""Problems of one base, which differ in the head's width alone: costs are measured on the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +109,11 @@ def is_for(name: str, problem: str) -> bool:
     """Whether the method reads what the problem consists of."""
     texts = problem in KINDS["texts"]
     return METHODS[name].reads != "images" if texts else name not in TEXT_ONLY
+
+
+def costs_of(problem: str) -> str:
+    """The problem that this one's costs are measured on."""
+    return next(problems[0] for problems in KINDS.values() if problem in problems)
 
 
 def some(examples: Any, count: int) -> Any:
@@ -286,7 +291,7 @@ def collected(folder: Path, s: Setup) -> dict[str, Any]:
         if (path := folder / p / f"{m}.json").exists()
     }
     spent = {
-        p: json.loads(path.read_text()) for p in s.problems if (path := folder / COSTS_OF[p] / "costs.json").exists()
+        p: json.loads(path.read_text()) for p in s.problems if (path := folder / costs_of(p) / "costs.json").exists()
     }
     rows, by, tables = [], {}, {}
     for p in s.problems:
@@ -343,8 +348,6 @@ def collected(folder: Path, s: Setup) -> dict[str, Any]:
 
 def figures(result: dict[str, Any], out: Path) -> None:
     """Mean accuracy over the problems and budgets of a kind against parameters and against memory."""
-    from matplotlib import ticker
-
     plt = study.plt
     fig, axes = plt.subplots(2, len(KINDS), figsize=(8 * len(KINDS), 12), squeeze=False)
     drawn_points = []
@@ -357,7 +360,11 @@ def figures(result: dict[str, Any], out: Path) -> None:
         }
         for row, (x, label) in enumerate((("trained", "trained parameters"), ("memory MiB", "MiB of temporaries"))):
             ax = axes[row][column]
-            points = {m: (statistics.mean(r[m][x] for r in rows), accuracy[m]) for m in names}
+            points = {
+                m: (statistics.mean(r[m][x] for r in rows), accuracy[m])
+                for m in names
+                if all(x in r[m] for r in rows)  # costs may not have been measured yet
+            }
             ax.scatter(*zip(*points.values()), s=12)
             ax.set(xscale="log", xlabel=label, ylabel="mean test accuracy", title=kind)
             ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if x == "memory MiB" else (1,)))
@@ -426,7 +433,7 @@ def main() -> None:
         )
         figures(result, record.RESULTS / "family.png")
         return
-    for p in dict.fromkeys(COSTS_OF[p] for p in problems) if args.do == "costs" else problems:
+    for p in dict.fromkeys(map(costs_of, problems)) if args.do == "costs" else problems:
         b = bench(p, s, keep=True)
         for m in names:
             if not is_for(m, p):
