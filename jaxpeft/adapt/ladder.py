@@ -20,8 +20,7 @@ Side blocks start as the backbone's, cut to 1/r of their widths (`pruning`), D, 
 Reference code: ylsung/Ladder-Side-Tuning @1798e82 (modeling_side_t5.py, pruning_methods.py: `pruning_v2`, fisher.py).
 Departures: gates of dropped layers do not exist. D and U start as linear layers do by default in the reference's
 library, U(-1/sqrt(n), 1/sqrt(n)) for n inputs, biases too; its T5 class draws N(0, 0.01²) with zero biases instead
-(`std=0.01`). The side network is a loop over its few thin layers even where the backbone is scanned: stacking what it
-reads would copy it.
+(`std=0.01`).
 
 Letters: b batch, t positions, d width, r reduction, n inputs of a product, m its outputs, L layers.
 """
@@ -39,7 +38,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from jaxpeft import trees
 from jaxpeft.adapt.importance import magnitude
 from jaxpeft.adapt.pruning import backbone_of, structural_prune
-from jaxpeft.adapt.side import answering, drop, linear, linear_start
+from jaxpeft.adapt.side import answering, drop, linear, linear_start, of
 from jaxpeft.adapt.structure import Structure, argument, structure
 from jaxpeft.hooks import unhooked
 from jaxpeft.method import ApplyFn, Call, Delta, Method, Mode, Params, register, site_key
@@ -146,26 +145,45 @@ def climb(
     e = taps[f"{tower.tap}embedded"][0]
     hidden = taps.get(f"{tower.tap}hidden", [])
     key = mode.dropout_key
-    s = linear(phi["down"], e)
-    for i in tower.layers:
-        layer = phi[f"layers_{i}"]
+    if odd := [i for i in tower.layers if ladders and hidden[i].shape != e.shape]:
+        raise ValueError(
+            f"layer {odd[0]} gives {hidden[odd[0]].shape} where the embedding gave {e.shape}: a reader needs all "
+            "positions (config narrow=False)"
+        )
+
+    def block(p: Any, s: Array, key: Any) -> Any:
+        rngs = {} if key is None else {"dropout": key}
+        return tower.block(side).apply({"params": p}, s, args[0], key is None, *args[1:], rngs=rngs)
+
+    if side.remat:
+        # Inside a scan nothing can be merged with the forward pass, so the costly barrier is left out.
+        block = jax.checkpoint(block, prevent_cse=not side.scan)
+
+    def climbed(s: Array, rung: tuple[Any, Any, Any]) -> tuple[Array, None]:
+        layer, h, key = rung
         if ladders:
-            if hidden[i].shape != e.shape:
-                raise ValueError(
-                    f"layer {i} gives {hidden[i].shape} where the embedding gave {e.shape}: a reader needs all "
-                    "positions (config narrow=False)"
-                )
             mu = jax.nn.sigmoid(layer["gate"] / temperature).astype(s.dtype)
-            s = mu * s + (1 - mu) * linear(layer["down"], hidden[i])
-        rngs = {} if key is None else {"dropout": site_key(key, f"{tower.name}/layers_{i}")}
+            s = mu * s + (1 - mu) * linear(layer["down"], h)
+        return block(layer["block"], s, key), None
 
-        def block(p: Any, s: Array, args: Any, rngs: Any = rngs) -> Any:
-            return tower.block(side).apply({"params": p}, s, args[0], key is None, *args[1:], rngs=rngs)
-
-        s = (jax.checkpoint(block) if side.remat else block)(layer["block"], s, args)
+    s = linear(phi["down"], e)
+    states = [hidden[i] if ladders else None for i in tower.layers]
+    keys = [None if key is None else site_key(key, f"{tower.name}/layers_{i}") for i in tower.layers]
+    layers = phi.get("layers")
+    if side.scan:
+        layers = _stacked([phi[f"layers_{i}"] for i in tower.layers]) if layers is None else layers
+        # The states are slices of one array, which the compiler puts together again without a copy.
+        s, _ = jax.lax.scan(climbed, s, (layers, _stacked(states), _stacked(keys)))
+    else:
+        for n, i in enumerate(tower.layers):
+            s, _ = climbed(s, (phi[f"layers_{i}"] if layers is None else of(layers, n), states[n], keys[n]))
     s = Norm(side).apply({"params": phi["norm"]}, s)
     assert isinstance(s, jax.Array)
     return drop(s, side.dropout, None if key is None else site_key(key, f"{tower.name}/norm"))
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def _side_answer(
@@ -243,6 +261,7 @@ def _start(
     for tower in towers:
         source = None if pruned is None else pruned.get(tower.name, pruned)
         phi: dict[str, Any] = {"down": linear_start(site_key(key, f"{tower.name}/down"), d, w, std, dtype)}
+        layers = {}
         for i in tower.layers:
             place = f"{tower.name}/layers_{i}"
             if source is not None:
@@ -253,7 +272,8 @@ def _start(
             if ladders:
                 layer["gate"] = jnp.zeros((), dtype)
                 layer["down"] = linear_start(site_key(key, f"{place}/down"), d, w, std, dtype)
-            phi[f"layers_{i}"] = layer
+            layers[f"layers_{i}"] = layer
+        phi |= {"layers": _stacked(list(layers.values()))} if side.scan else layers
         if source is not None and "final_norm" in source:
             phi["norm"] = cast(source["final_norm"])
         else:
@@ -334,7 +354,8 @@ def lst(
 
     Returns:
       A method whose delta is {"side": {"down", "layers_i": {"gate", "down", "block"}, "norm"}, "up"}, with
-      "encoder" and "decoder" and their "relative_bias" in place of "side" for encoder-decoders. It does not merge.
+      "encoder" and "decoder" and their "relative_bias" in place of "side" for encoder-decoders. Where the model's layers
+      are scanned, the kept ones are stacked under "layers" instead; either layout is taken. It does not merge.
 
     Raises:
       ValueError: an option out of range; at `init`, a reduction that does not divide the model's widths, a layer that

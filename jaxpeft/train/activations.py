@@ -38,7 +38,8 @@ def shard_activations(apply_fn: ApplyFn, mesh: Mesh, what: Sequence[Divided] = A
     It acts on Linen models made of the blocks of `models.layers`, whatever methods are wrapped around them, and changes
     no number. Rows, positions, heads or features that their mesh axes do not divide stay whole.
 
-    Example: `adapt(shard_activations(model.apply, mesh), lora())`.
+    Example: `adapted._replace(apply=shard_activations(adapted.apply, mesh))`. Around the adapted model it divides the
+    blocks of side networks too, which `adapt(shard_activations(model.apply, mesh), lst())` would not see.
 
     Raises:
       ValueError: something in `what` that there is not.

@@ -247,8 +247,8 @@ def parts_of(config: PlanConfig, model: Any, task: Task, mesh: Mesh) -> Parts:
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), inputs)
     params = jax.eval_shape(model.init, jax.random.key(0), *model.dummy_inputs())
     # "auto" as it chooses on many devices: a kernel cannot be divided by the compiler.
-    apply_fn = shard_activations(model.apply, mesh, config.activations)
-    adapted = adapt(apply_fn, method_for(config, model), backend="auto" if mesh.size == 1 else "xla")
+    adapted = adapt(model.apply, method_for(config, model), backend="auto" if mesh.size == 1 else "xla")
+    adapted = adapted._replace(apply=shard_activations(adapted.apply, mesh, config.activations))
 
     def start(params: PyTree) -> PyTree:
         delta = adapted.init(jax.random.key(0), params, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example))

@@ -228,24 +228,44 @@ def test_without_ladders_only_the_embedding_is_read():
 
 
 @quick
+@pytest.mark.parametrize("ladders", [True, False])
 @pytest.mark.parametrize("kind", sorted(MODELS))
-def test_every_layout_of_every_model_gives_one_answer_and_gradient(kind, close):
+def test_every_layout_of_every_model_gives_one_answer_and_gradient(kind, ladders, close):
     model, params, inputs = made(kind)
     classifier = kind in ("bert", "vit")
-    reduction = 2 if kind == "llama" else None
-    method = chain(lst(reduction), head()) if classifier else lst(reduction)
+    own = lst(2 if kind == "llama" else None, ladders=ladders, dropout=0.2)
+    method = chain(own, head()) if classifier else own
     outcomes = []
     for layout in ({}, {"scan": True, "remat": True}):
         own = type(model)(dataclasses.replace(model.config, **layout), **({"num_labels": 3} if classifier else {}))
         p = stack_layers(params) if "scan" in layout else params
         adapted = adapt(own.apply, method, on_dense="refuse")
         start = jax.jit(adapted.init)(jax.random.key(1), p, *inputs)
-        loss = lambda d: jnp.sin(adapted.apply(p, d, *inputs)).sum()
-        outcomes.append((start, *jax.jit(jax.value_and_grad(loss))(moved(start))))
-    close(outcomes[1][0], outcomes[0][0])
-    close(outcomes[1][1:], outcomes[0][1:], atol=1e-4)
-    sizes = {p: float(jnp.abs(g).max()) for p, g in trees.by_path(outcomes[0][2]).items()}
+        where = moved(outcomes[0][0] if outcomes else start)
+        where = stack_layers(where) if "scan" in layout else where
+        loss = lambda d, **more: jnp.sin(adapted.apply(p, d, *inputs, **more)).sum()
+        value, gradient = jax.jit(jax.value_and_grad(loss))(where)
+        dropped = jax.jit(loss)(where, dropout_key=jax.random.key(3))
+        outcomes.append((start, value, dropped, gradient))
+    close(outcomes[1], tuple(map(stack_layers, outcomes[0])), atol=1e-4)
+    assert abs(float(outcomes[0][1] - outcomes[0][2])) > 1e-3, "the side network drops out"
+    sizes = {p: float(jnp.abs(g).max()) for p, g in trees.by_path(outcomes[0][3]).items()}
     assert not [p for p, size in sizes.items() if size == 0]
+
+
+@quick
+def test_a_delta_of_either_layout_runs_on_models_of_either_layout(close):
+    model, params, inputs = made("bert")
+    scanned = type(model)(dataclasses.replace(model.config, scan=True), num_labels=3)
+    method = lst(2, keep=(0, 2))
+    unrolled = moved(adapt(model.apply, method).init(jax.random.key(1), params, *inputs))
+    side = {n: x for n, x in unrolled["side"].items() if not n.startswith("layers_")}
+    kept = [unrolled["side"][f"layers_{i}"] for i in (0, 2)]
+    stacked = {**unrolled, "side": {**side, "layers": jax.tree.map(lambda *x: jnp.stack(x), *kept)}}
+    models = ((model, params), (scanned, stack_layers(params)))
+    outs = [adapt(m.apply, method).apply(p, d, *inputs) for m, p in models for d in (unrolled, stacked)]
+    for out in outs[1:]:
+        close(out, outs[0])
 
 
 @quick

@@ -123,15 +123,15 @@ def test_factors_have_the_axes_of_the_part_of_the_weight_that_they_span(stack, i
     ids=lambda m: m.name,
 )
 def test_a_divided_step_gives_the_numbers_of_one_device(method, close, quick):
-    def step_of(apply_fn):
-        return jax.jit(train.make_step(jaxpeft.adapt(apply_fn, method), train.language_modelling(), optax.sgd(0.1)))
+    def step_of(adapted):
+        return jax.jit(train.make_step(adapted, train.language_modelling(), optax.sgd(0.1)))
 
-    model = Decoder(CONFIG)
-    delta = jax.jit(jaxpeft.adapt(model.apply, method).init)(jax.random.key(1), base(), IDS)
+    adapted = jaxpeft.adapt(Decoder(CONFIG).apply, method)
+    delta = jax.jit(adapted.init)(jax.random.key(1), base(), IDS)
     single = train.create(delta, optax.sgd(0.1))
     many = train.place_state(cube(), single, base())
-    single, a = step_of(model.apply)(single, base(), BATCH)
-    step = step_of(shard_activations(model.apply, cube()))
+    single, a = step_of(adapted)(single, base(), BATCH)
+    step = step_of(adapted._replace(apply=shard_activations(adapted.apply, cube())))
     many, b = step(many, train.place_base(cube(), base()), train.place_batch(cube(), BATCH))
     close(a, jax.device_get(b))
     close(single.learned, jax.device_get(many.learned))
@@ -150,6 +150,14 @@ def test_activations_are_divided_where_the_mesh_divides_them():
     assert "[{}, {}, {}]" in text(("hidden",), IDS[:3, :5])
     with pytest.raises(ValueError, match="'logits' is nothing that is divided: expected some of hidden, heads, inner"):
         text(("logits",))
+
+
+def test_the_blocks_of_a_side_network_are_divided_too():
+    adapted = jaxpeft.adapt(Decoder(CONFIG).apply, jaxpeft.lst(reduction=2, init="random"))
+    delta = jax.eval_shape(adapted.init, jax.random.key(1), base(), IDS)
+    run = jax.jit(shard_activations(adapted.apply, cube(), ["hidden"]))
+    # In and out of the backbone's block and of the side network's.
+    assert run.lower(base(), delta, IDS).as_text().count('[{"data", "fsdp"}, {"tensor"}, {}]') == 4
 
 
 # ------------------------------------------------------------------------------------------------ reading a program
