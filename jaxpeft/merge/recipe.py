@@ -36,24 +36,45 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from jaxpeft import trees
 
-__all__ = ["METHODS", "Recipe", "RecipeError", "Source", "load_recipe", "read_recipe"]
+__all__ = ["METHODS", "Numbers", "Recipe", "RecipeError", "Rule", "Source", "depths", "load_recipe", "read_recipe"]
 
-# method -> (parameters of its own, normalize, rescale where nothing is said)
-METHODS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
-    "linear": ((), True, False),
-    "slerp": (("t",), False, False),
-    "task_arithmetic": (("lambda",), False, False),
-    "ties": (("lambda", "density"), True, False),
-    "dare_linear": (("lambda", "density"), False, True),
-    "dare_ties": (("lambda", "density"), False, True),
-    "breadcrumbs": (("lambda", "density", "gamma"), False, False),
-    "breadcrumbs_ties": (("lambda", "density", "gamma"), False, False),
+
+class Rule(NamedTuple):
+    """What a merge method does, and what it reads of a recipe.
+
+    Attributes:
+      kind: "mean" of the models, without a base; "sphere", between the base and one other; or "differences" from the
+        base, added to it.
+      parameters: of its own, beside `weight`, `normalize` and `rescale`.
+      normalize, rescale: where a recipe does not say.
+      keeps: which entries of a difference stay: all, "random" ones, or the "largest".
+      elects: whether only what has the sign of the sum counts.
+    """
+
+    kind: Literal["mean", "sphere", "differences"]
+    parameters: tuple[str, ...] = ()
+    normalize: bool = False
+    rescale: bool = False
+    keeps: Literal["all", "random", "largest"] = "all"
+    elects: bool = False
+
+
+_SHARE, _CUT = ("lambda", "density"), ("lambda", "density", "gamma")
+METHODS = {
+    "linear": Rule("mean", normalize=True),
+    "slerp": Rule("sphere", ("t",)),
+    "task_arithmetic": Rule("differences", ("lambda",)),
+    "ties": Rule("differences", _SHARE, normalize=True, keeps="largest", elects=True),
+    "dare_linear": Rule("differences", _SHARE, rescale=True, keeps="random"),
+    "dare_ties": Rule("differences", _SHARE, rescale=True, keeps="random", elects=True),
+    "breadcrumbs": Rule("differences", _CUT, keeps="largest"),
+    "breadcrumbs_ties": Rule("differences", _CUT, keeps="largest", elects=True),
 }
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
@@ -71,6 +92,18 @@ class Source:
 
     folder: Path
     parameters: Mapping[str, Any]
+
+
+class Numbers(NamedTuple):
+    """A tensor's parameters, by model where they are the models' own; empty where the method has none."""
+
+    weight: tuple[float, ...]
+    density: tuple[float, ...]
+    gamma: tuple[float, ...]
+    scale: float
+    t: float
+    normalize: bool
+    rescale: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +125,11 @@ class Recipe:
     parameters: Mapping[str, Any]
     dtype: str | None
     tokenizer: Path
+
+    @property
+    def rule(self) -> Rule:
+        """Of its method."""
+        return METHODS[self.method]
 
     @property
     def folders(self) -> list[Path]:
@@ -125,6 +163,36 @@ class Recipe:
     def flag(self, name: str, tensor: str, depth: float, default: bool) -> bool:
         """A yes or no of all models."""
         return bool(self.number(name, tensor, depth, default=float(default)))
+
+    def numbers(self, tensor: str, depth: float) -> Numbers:
+        """All of a tensor's parameters.
+
+        Raises:
+          RecipeError: one is missing, no number or out of range.
+        """
+        rule, own = self.rule, self.rule.parameters
+
+        def each(name: str, default: float | None) -> tuple[float, ...]:
+            return tuple(self.number(name, tensor, depth, m, default) for m in self.models)
+
+        density = each("density", 1.0) if "density" in own else ()
+        gamma = each("gamma", 0.01) if "gamma" in own else ()
+        for name, values in (("density", density), ("gamma", gamma)):
+            if any(not 0 <= v <= 1 for v in values):
+                raise RecipeError(f"parameter {name} of {tensor} is {values}: a share, 0 to 1")
+        weight = () if rule.kind == "sphere" else each("weight", None)
+        normalize = self.flag("normalize", tensor, depth, rule.normalize)
+        if rule.kind == "mean" and normalize and abs(sum(weight)) < 1e-8:
+            raise RecipeError(f"the weights of {tensor} sum to 0: nothing to divide by; set normalize: false")
+        return Numbers(
+            weight,
+            density,
+            gamma,
+            self.number("lambda", tensor, depth, default=1.0) if "lambda" in own else 1.0,
+            self.number("t", tensor, depth) if "t" in own else 0.0,
+            normalize,
+            self.flag("rescale", tensor, depth, rule.rescale),
+        )
 
     def digest(self) -> str:
         """Tells this recipe from others, folders included."""
@@ -173,20 +241,21 @@ def read_recipe(held: Any, root: str | os.PathLike[str] = ".") -> Recipe:
     models = _models(held, root)
     base = _folder(held["base_model"], root) if held.get("base_model") else None
     parameters = dict(held.get("parameters") or {})
-    if method == "linear":
+    rule = METHODS[method]
+    if rule.kind == "mean":
         base = None
         if not models:
-            raise RecipeError("models: linear needs one at least")
+            raise RecipeError(f"models: {method} needs one at least")
     else:
         if base is None:
             raise RecipeError(f"base_model is not given: {method} needs it")
         models = tuple(m for m in models if m.folder != base)
-        if method == "slerp" and len(models) != 1:
-            raise RecipeError(f"models: slerp is between the base and one other model, {len(models)} are given")
+        if rule.kind == "sphere" and len(models) != 1:
+            raise RecipeError(f"models: {method} is between the base and one other model, {len(models)} are given")
     dtype = held.get("out_dtype") or held.get("dtype")
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    known = {"weight", "normalize", "rescale", *_IGNORED, *METHODS[method][0]}
+    known = {"weight", "normalize", "rescale", *_IGNORED, *rule.parameters}
     for name in {**parameters, **{n: 0 for m in models for n in m.parameters}}:
         if name not in known:
             raise RecipeError(

@@ -188,7 +188,7 @@ def test_votes_that_cancel_leave_the_bases_entry(tmp_path):
 
 
 def test_of_equal_magnitudes_the_first_stay_across_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxpeft.merge.streaming.PIECE", 4)
+    monkeypatch.setattr("jaxpeft.merge.pieces.PIECE", 4)
     write(tmp_path / "base", {"w": np.zeros(10, np.float32)})
     write(tmp_path / "a", {"w": np.array([1, 2, 1, 1, 1, 1, 3, 1, 1, 1], np.float32)})
     held = {"merge_method": "ties", "base_model": "base", "models": [model("a", {"weight": 1, "density": 0.6})]}
