@@ -75,6 +75,15 @@ def masks_of(depth: int, width: int, heads: int, depth_max: int, width_max: int)
     }
 
 
+def own_part(path: str, x: Any, masks: Any) -> tuple[Any, Any, Any]:
+    """A decoded leaf with its query, key and value where a member has them; masks of a matrix's inputs and outputs."""
+    channel, hidden = masks["channel"], masks["hidden"]
+    inputs = hidden if "/down/" in path else channel
+    if "/qkv/" in path:
+        return x[..., masks["place"]], inputs, jnp.tile(channel, 3)
+    return x, inputs, hidden if "/up/" in path else channel
+
+
 def dense(p: Any, x: Any) -> Any:
     return x @ p["kernel"] + p["bias"]
 

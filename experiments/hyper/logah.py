@@ -120,17 +120,13 @@ def fitted(params: Any, masks: Any, s: Setup) -> Any:
     """What was decoded at the largest sizes as a member's own; see `bench.Family`."""
     # Matrices were scaled by the largest fan-in; all but the patches' grow with the width.
     gain = jnp.sqrt(max(s.widths) / masks["width"])
-    channel, hidden = masks["channel"], masks["hidden"]
-    fused = jnp.tile(channel, 3)
 
     def fit(path: str, x: Any) -> Any:
-        if "/qkv/" in path:
-            x = x[..., masks["place"]]
-        columns = fused if "/qkv/" in path else hidden if "/up/" in path else channel
+        x, inputs, outputs = bench.own_part(path, x, masks)
         x = x * masks["layer"].reshape(-1, *(1,) * (x.ndim - 1)) if path.startswith("layers/") else x
         if path.endswith("kernel") and not path.startswith("patch"):
-            x = x * (hidden if "/down/" in path else channel)[:, None] * gain
-        return x if path.startswith("head/") else x * columns
+            x = x * inputs[:, None] * gain
+        return x if path.startswith("head/") else x * outputs
 
     return trees.replace_leaves(params, {p: fit(p, x) for p, x in trees.by_path(params).items()})
 

@@ -159,16 +159,12 @@ def forward(params: Any, masks: Any, ids: Any) -> Any:
 
 def fitted(params: Any, masks: Any, s: Setup) -> Any:
     """What was decoded at the largest sizes, unscaled, as a member's own; see `bench.Family`."""
-    channel, hidden = masks["channel"], masks["hidden"]
-    fused = jnp.tile(channel, 3)
 
     def fit(path: str, x: Any) -> Any:
-        if "/qkv/" in path:
-            x = x[..., masks["place"]]
-        columns = fused if "/qkv/" in path else hidden if "/up/" in path else channel
+        x, inputs, outputs = bench.own_part(path, x, masks)
         if path.endswith("kernel"):
-            x = scaled(x, (hidden if "/down/" in path else channel)[:, None] * columns)
-        return x * columns * (masks["layer"].reshape(-1, *(1,) * (x.ndim - 1)) if "/layers/" in path else 1.0)
+            x = scaled(x, inputs[:, None] * outputs)
+        return x * outputs * (masks["layer"].reshape(-1, *(1,) * (x.ndim - 1)) if "/layers/" in path else 1.0)
 
     return trees.replace_leaves(params, {p: fit(p, x) for p, x in trees.by_path(params).items()})
 
