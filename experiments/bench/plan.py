@@ -1,7 +1,7 @@
 """What Llama-3-8B and 70B need on pods that are not here, as the platforms' compilers count it.
 
     python experiments/bench/plan.py            each case's step, one after another; hours on two cores
-    python experiments/bench/plan.py --largest  the largest batch of each case that fits too; some compiles each
+    python experiments/bench/plan.py --largest  and the largest batch that fits, variants left out; some compiles each
     python experiments/bench/plan.py --smoke    one narrow model on four chips; writes nothing here
 
 Needs the extra `aot`. Nothing runs: bytes, collectives and cycles are the compilers' predictions. Finished cases are kept
@@ -46,7 +46,7 @@ BATCHES = {
 
 
 def cases():
-    """{name: config}: the table, what makes 70B fit, the sweep."""
+    """{name: config}: the table; then its variants, named behind a comma: what makes 70B fit, the sweep."""
     out = {}
     for model, (length, rows) in BATCHES.items():
         for pod, n in rows.items():
@@ -83,7 +83,7 @@ def kept(folder, config, what, compute):
 def planned(folder, name, config, search):
     """All that is known of a case; its largest batch too where it is asked for, or was earlier."""
     found = {"case": name, **kept(folder, config, "plan", lambda: dataclasses.asdict(plan(config)))}
-    if (search and not config.runs) or path_of(folder, config, "largest").exists():
+    if (search and "," not in name) or path_of(folder, config, "largest").exists():
         found |= kept(folder, config, "largest", lambda: searched(config))
     print(f"{name}: {found['total'] / 1e9:.2f} GB of {found['limit'] / 1e9:.2f}, fits: {found['fits']}", flush=True)
     return found
