@@ -166,6 +166,19 @@ def test_merged_weights_answer_as_the_adapted_model_or_merging_is_refused(case, 
             case.adapted.merge(case.params, case.delta)
 
 
+def test_on_a_base_in_half_precision_what_is_learned_is_float32_and_answers_and_merges_stay_half(case):
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), case.params)
+    config = dataclasses.replace(case.model.config, dtype="bfloat16", param_dtype="bfloat16")
+    adapted = jaxpeft.adapt(case.model.clone(config=config).apply, case.method, on_dense="refuse")
+    delta = jax.eval_shape(adapted.init, jax.random.key(0), half, *case.inputs)
+    assert {x.dtype for x in jax.tree.leaves(trees.learned(delta)[0])} == {jnp.dtype("float32")}
+    assert jax.eval_shape(adapted.apply, half, delta, *case.inputs).dtype == jnp.bfloat16
+    if case.entry.mergeable:
+        assert {x.dtype for x in jax.tree.leaves(jax.eval_shape(adapted.merge, half, delta))} == {
+            jnp.dtype("bfloat16")
+        }
+
+
 def test_every_learned_leaf_has_a_gradient_and_nothing_else_does(case):
     yes, no = trees.learned(case.delta)
     largest = dict.fromkeys(trees.by_path(yes), 0.0)

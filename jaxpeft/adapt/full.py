@@ -4,7 +4,8 @@ BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Lang
 arXiv:2106.10199) trains every bias of the model (those of layer norms too) and the task's head.
 
 The delta holds the chosen leaves themselves, or, with `form="difference"`, what is added to them: the same function at
-the cost of one sum per leaf, but weight decay then pulls towards the pretrained weights instead of towards zero.
+the cost of one sum per leaf, but weight decay then pulls towards the pretrained weights instead of towards zero. It is kept
+in float32 at least, and the model sees it in the dtype of its own leaves: in half precision small updates would be lost.
 """
 
 from typing import Any, Literal
@@ -27,7 +28,9 @@ def full(at: trees.Pattern = "**", *, form: Literal["value", "difference"] = "va
     """Trains every leaf that `at` chooses; all of the model by default.
 
     Args:
-      at: pattern of leaves; integer leaves among them are left alone.
+      at: pattern of leaves; integer leaves among them are left alone. Statistics that are no parameters (`batch_stats` of
+        Linen, a BatchNorm's `mean` and `var` of NNX) are leaves like others: leave them out with a second pattern,
+        `("**", "!batch_stats/**")`.
       form: whether the delta holds the leaves or differences to them.
       name: the key of its delta in a chain.
 
@@ -44,11 +47,14 @@ def full(at: trees.Pattern = "**", *, form: Literal["value", "difference"] = "va
     def start(key: Key[Array, ""], path: str, w: Array, role: Role) -> dict[str, Array]:
         if not jnp.issubdtype(w.dtype, jnp.inexact):
             return {}
+        wide = trees.wide_dtype(w.dtype)
         # A copy: a training step may donate its delta's buffers, and the base must outlive it.
-        return {"value": jnp.array(w, copy=True)} if form == "value" else {"difference": jnp.zeros_like(w)}
+        return {"value": jnp.array(w, wide, copy=True)} if form == "value" else {"difference": jnp.zeros_like(w, wide)}
 
     def build(path: str, w: Array, d: dict[str, Array], key: Key[Array, ""] | None) -> Any:
-        return d["value"] if "value" in d else difference(w, d["difference"]) if d else w
+        if not d:
+            return w
+        return d["value"].astype(w.dtype) if "value" in d else difference(w, d["difference"])
 
     return on_weights(name, at, start, build, dict(method="full", name=name, at=at, form=form), factored=False)
 

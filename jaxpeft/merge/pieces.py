@@ -181,8 +181,9 @@ def _least_of(sizes: np.ndarray, k: int) -> tuple[np.float32, int]:
     step = max(1, n // 65536)
     sample = np.sort(sizes[::step])
     at, slack = sample.size * (1 - k / n), 4 * math.sqrt(sample.size * (k / n) * (1 - k / n)) + 2
-    low = sample[max(0, math.floor(at - slack))] if at - slack >= 0 else np.float32(0)
-    high = sample[math.ceil(at + slack)] if at + slack < sample.size else np.float32(np.inf)
+    first, last = math.floor(at - slack), math.ceil(at + slack)
+    low = sample[first] if first >= 0 else np.float32(0)
+    high = sample[last] if last < sample.size else np.float32(np.inf)
     above, near = 0, []
     for start in range(0, n, PIECE):
         part = sizes[start : start + PIECE]

@@ -210,7 +210,7 @@ def _finish(recipe: Recipe, work: Path, out: Path, places: Mapping[str, _Place],
     if config.exists():
         held = json.loads(config.read_text())
         if recipe.dtype:
-            held["torch_dtype"] = recipe.dtype
+            held |= dict.fromkeys(("dtype", "torch_dtype"), recipe.dtype)  # what its readers call it now, and did
         (work / "config.json").write_text(json.dumps(held, indent=2) + "\n")
     for name in TOKENIZER_FILES:
         if (recipe.tokenizer / name).exists():

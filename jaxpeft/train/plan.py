@@ -251,8 +251,7 @@ def parts_of(config: PlanConfig, model: Any, task: Task, mesh: Mesh) -> Parts:
     adapted = adapted._replace(apply=shard_activations(adapted.apply, mesh, config.activations))
 
     def start(params: PyTree) -> PyTree:
-        delta = adapted.init(jax.random.key(0), params, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example))
-        return jax.tree.map(_wide, delta)
+        return adapted.init(jax.random.key(0), params, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example))
 
     if config.runs:
         step, state = _sweep(config, adapted, task, start, params)
@@ -289,10 +288,6 @@ def _sweep(config: PlanConfig, adapted: Adapted, task: Task, start: Any, params:
     runs = side_by_side(make, axis=AXIS)
     settings = {"rate": jax.ShapeDtypeStruct((config.runs,), jnp.float32)}
     return runs.step, jax.eval_shape(runs.init, settings, params)
-
-
-def _wide(x: Any) -> Any:
-    return x.astype(trees.wide_dtype(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _placed(mesh: Mesh, tree: PyTree, specs: PyTree) -> PyTree:

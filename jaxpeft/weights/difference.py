@@ -1,5 +1,6 @@
 """A weight and a dense difference to it. The difference is as large as the weight: there is nothing to be lazy about."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -11,4 +12,5 @@ def difference(w: Float[Array, "*axes"], d: Float[Array, "*axes"]) -> Float[Arra
     """
     if w.shape != d.shape:
         raise ValueError(f"a difference of shape {d.shape} for a weight of shape {w.shape}")
-    return (w + d).astype(w.dtype)
+    wide = max(w.dtype, d.dtype, key=lambda t: jnp.finfo(t).bits)
+    return (w.astype(wide) + d.astype(wide)).astype(w.dtype)
