@@ -6,6 +6,7 @@ logits  = adapted.apply(params, delta, *inputs)
 dense   = adapted.merge(params, delta)
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxpeft import trees
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
     from jaxpeft.train.sweep import sweep
 
 __version__ = "0.1.0"
+
+ROOMS = ("data", "files", "generate", "hyper", "interchange", "merge", "models", "train", "transfer", "tune")
+"""What `import jaxpeft` need not read before it is asked for."""
 
 __all__ = [
     "DESIGNS",
@@ -126,6 +130,8 @@ def __getattr__(name: str) -> Any:
     # with it: imported when asked for.
     if name in METHODS:
         return METHODS[name].factory
+    if name in ROOMS:
+        return importlib.import_module(f"jaxpeft.{name}")
     if name != "sweep":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{trees.near(name, METHODS)}")
     from jaxpeft.train.sweep import sweep
@@ -134,4 +140,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *METHODS, "sweep"})
+    return sorted({*globals(), *METHODS, *ROOMS, "sweep"})

@@ -159,10 +159,10 @@ class Merge:
     again go on.
     """
 
-    run_folder: Positional[Path | None] = None
+    run_folder: Annotated[Positional[Path | None], tyro.conf.arg(metavar="RUN")] = None
     """A run's folder, or its delta's."""
-    folder: Positional[Path | None] = None
-    """The folder to write."""
+    folder: Annotated[Positional[Path | None], tyro.conf.arg(metavar="FOLDER")] = None
+    """The folder to write; it must be new or empty."""
     recipe: Path | None = None
     """A YAML file that says which models are merged and how, instead of a run."""
     out: Path | None = None
@@ -182,9 +182,18 @@ class Merge:
             from jaxpeft.models import save_model
             from jaxpeft.train.run import open_run
 
+            if out.is_dir() and any(out.iterdir()):
+                raise FileExistsError(f"{out} exists already and is not empty; give a new folder")
             trained = open_run(self.run_folder)
+            model = trained.loaded.model
             merged = trained.adapted.merge(trained.params, trained.delta)
-            save_model(out, trained.loaded.model, merged, source=trained.loaded.folder)
+            save_model(out, model, merged, source=trained.loaded.folder, labels=trained.labels)
+            if "jaxpeft" in model.hf_config():
+                _print(
+                    f"transformers has no class that pools by {trained.config.pooling!r}: its own would put a pooler that is "
+                    "not trained before the head. jaxpeft.models.load_model reads the folder as it is; for transformers, "
+                    "train with --pooling bert"
+                )
         _print(f"merged into {out}")
 
     def _by_recipe(self, recipe: Path, out: Path) -> None:

@@ -99,6 +99,10 @@ def from_nnx(model: nnx.Module) -> tuple[ApplyFn, PyTree]:
 
     `nnx.split` alone is enough for methods on weights; hooks need to see the modules that `nnx.merge` makes.
 
+    The function is pure: what a call changes in the model is dropped. In training mode that would give one dropout mask
+    at every step and statistics that stand still, so call `model.eval()` first, as for a frozen base one does anyway; a
+    method's own dropout follows the `dropout_key`.
+
     Args:
       model: any NNX module. All of its state (parameters, statistics, random streams) is in `params`.
     """

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Int, Key, PyTree
 
@@ -158,6 +160,7 @@ def adapt(apply_fn: ApplyFn, method: Method, *, on_dense: Policy = "warn", backe
 
     Raises:
       ValueError: an unknown backend.
+      TypeError: a module itself instead of a function, or something else than a method.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxpeft
@@ -170,6 +173,12 @@ def adapt(apply_fn: ApplyFn, method: Method, *, on_dense: Policy = "warn", backe
     """
 
     products.checked(backend)
+    if isinstance(apply_fn, nn.Module | nnx.Module):
+        remedy = (
+            "its `apply`" if isinstance(apply_fn, nn.Module) else "`*jaxpeft.from_nnx(model)`: a function and params"
+        )
+        raise TypeError(f"{type(apply_fn).__name__} is a module, no function of parameters: give {remedy}")
+    _checked_method(method)
 
     def init(key: Key[Array, ""], params: Params, *inputs: Any, **kwargs: Any) -> Delta:
         return method.init(key, Call(apply_fn, params, inputs, kwargs))
@@ -195,6 +204,10 @@ def adapt(apply_fn: ApplyFn, method: Method, *, on_dense: Policy = "warn", backe
             y = run(task, jax.tree.map(lambda x: x[None], inputs), key)
             return jax.tree.map(lambda x: x[0], y)
 
+        if odd := [jnp.shape(x) for x in jax.tree.leaves(inputs) if jnp.shape(x)[:1] != jnp.shape(task)]:
+            raise TaskError(
+                f"{jnp.shape(task)[0]} tasks for an input of shape {odd[0]}: give one an example, or a number"
+            )
         # What a task's part of the delta is made of does not depend on the example: `over_rows` makes it once a task.
         assert method.tasks is not None
         keys = None if dropout_key is None else jax.random.split(dropout_key, task.shape[0])
@@ -211,6 +224,13 @@ def adapt(apply_fn: ApplyFn, method: Method, *, on_dense: Policy = "warn", backe
         return simple.merge(params, own)
 
     return Adapted(init, apply, merge, method, apply_fn, backend)
+
+
+def _checked_method(method: Any) -> None:
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"{method!r} is no method: expected what a factory returns, as jaxpeft.lora(rank=8), or a chain of those"
+        )
 
 
 def bake(method: Method, delta: Delta, task: Any = None) -> tuple[Method, Delta]:
@@ -262,9 +282,12 @@ def chain(*methods: Method, name: str = "chain") -> Method:
 
     Raises:
       ValueError: no methods, or methods for different numbers of tasks.
+      TypeError: something that is no method; a list of methods is given as `chain(*methods)`.
     """
     if not methods:
         raise ValueError("a chain of no methods")
+    for method in methods:
+        _checked_method(method)
     labels = chain_labels([m.name for m in methods])
 
     def init(key: Key[Array, ""], call: Call) -> Delta:
@@ -449,6 +472,14 @@ def on_weights(
         found = roles(call.apply_fn, call.params, chosen, call.inputs, call.kwargs) if factored else {}
         return {p: init(site_key(key, p), p, leaves[p], found.get(p, Role(0, 0))) for p in chosen}
 
+    def built(path: str, w: Array, d: Any, mode: Mode) -> Any:
+        try:
+            return build(path, w, trees.unmark(d), mode.at(path).dropout_key)
+        except KeyError as e:
+            raise ValueError(
+                f"the delta holds {', '.join(map(repr, d))} at {path!r}, where {name} wants {e}: it is of another method"
+            ) from e
+
     def values(params: Params, delta: Delta, mode: Mode) -> Params:
         leaves = trees.by_path(params)
         if unknown := [p for p in delta if p not in leaves]:
@@ -456,7 +487,7 @@ def on_weights(
                 f"the delta adapts {unknown[0]!r}, which the model lacks{trees.near(unknown[0], leaves)} "
                 f"({len(unknown)} of {len(delta)} paths are missing)"
             )
-        new = {p: build(p, leaves[p], trees.unmark(d), mode.at(p).dropout_key) for p, d in delta.items()}
+        new = {p: built(p, leaves[p], d, mode) for p, d in delta.items()}
         for p, d in delta.items():
             new |= beside(p, leaves, trees.unmark(d))
         for p, value in new.items():

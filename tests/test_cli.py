@@ -11,7 +11,7 @@ import pytest
 from jaxpeft import cli
 from jaxpeft.models import ImageClassifier, VisionConfig, load_classifier, save_model
 from jaxpeft.train.compare import parse, summarise
-from jaxpeft.train.run import Config, ConfigError, config_from, parse_options
+from jaxpeft.train.run import Config, ConfigError, check, config_from, parse_options
 
 SMALL = ["--per-class", "2", "--steps", "3", "--batch-size", "8", "--max-length", "16", "--accumulate", "1"]
 
@@ -28,6 +28,29 @@ def test_options_are_json_values_or_strings_and_unknown_ones_are_listed():
     }
     with pytest.raises(ConfigError, match=r"option 'rnk=4' for lora.*rank=8"):
         parse_options("lora", ("rnk=4",))
+    with pytest.raises(ConfigError, match="option 'rank' for lora has no value: write name=value, as rank=8"):
+        parse_options("lora", ("rank",))
+    for option in ("rank=abc", "alpha=x"):
+        with pytest.raises(ConfigError, match=r"is a word; expected a number, true or false"):
+            parse_options("lora", (option,))
+    assert parse_options("spt", ("score=magnitude",)) == {"score": "magnitude"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": -3}, "steps=-3: expected 0 or more"),
+        ({"rate": -1.0}, "rate=-1.0: expected 0 or more"),
+        ({"rate": float("nan")}, "rate=nan"),
+        ({"warmup": 7.0}, r"warmup=7.0: it is a share of the steps, in \[0, 1\)"),
+        ({"epochs": 0.0}, "nothing would be trained"),
+        ({"fsdp": 3}, "fsdp=3 does not divide the 8 devices"),
+        ({"max_length": 0}, "max_length=0: expected 1 or more"),
+    ],
+)
+def test_numbers_that_no_run_can_have_are_refused_before_anything_is_read(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        check(Config(**fields))
 
 
 def test_a_comparison_names_options_and_rates_in_one_word():
@@ -79,7 +102,11 @@ def test_finetune_evaluate_predict_merge_and_resume(tmp_path, capsys):
     assert run("predict", folder, " ") == 1
     assert "text 0 is empty" in capsys.readouterr().err
     assert run("merge", folder, tmp_path / "merged") == 0
+    assert "transformers has no class that pools by 'mean'" in capsys.readouterr().out
     assert (tmp_path / "merged" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"]["0"] == "acq"
+    assert run("merge", folder, folder) == 1
+    assert "exists already and is not empty" in capsys.readouterr().err
     # A finished run resumed has nothing left to do and says the same.
     assert run("finetune", "--resume", folder, "--quiet") == 0
     again = json.loads((folder / "result.json").read_text())

@@ -174,9 +174,7 @@ def test_on_a_base_in_half_precision_what_is_learned_is_float32_and_answers_and_
     assert {x.dtype for x in jax.tree.leaves(trees.learned(delta)[0])} == {jnp.dtype("float32")}
     assert jax.eval_shape(adapted.apply, half, delta, *case.inputs).dtype == jnp.bfloat16
     if case.entry.mergeable:
-        assert {x.dtype for x in jax.tree.leaves(jax.eval_shape(adapted.merge, half, delta))} == {
-            jnp.dtype("bfloat16")
-        }
+        assert {x.dtype for x in jax.tree.leaves(jax.eval_shape(adapted.merge, half, delta))} == {jnp.dtype("bfloat16")}
 
 
 def test_every_learned_leaf_has_a_gradient_and_nothing_else_does(case):

@@ -66,6 +66,8 @@ def diff_fit(
         return {f"{label}{role.stack or ''}": ones for label, own in sides.items() if trees.is_match(own, path)}
 
     def build(path: str, w: Array, d: dict[str, Array], key: Key[Array, ""] | None) -> Factored:
+        if not all(label.startswith(("gamma", "branch")) for label in d):
+            raise KeyError("gamma or branch")
         stack = next(iter(d)).removeprefix("gamma").removeprefix("branch")
         return scaled(w, product(d), "out", int(stack or 0))
 

@@ -78,6 +78,8 @@ def ia3(
 
 
 def _read(d: dict[str, Array]) -> tuple[Any, int, Array]:
+    if len(d) != 1 or not next(iter(d)).startswith(("in", "out")):
+        raise KeyError("in or out")
     ((label, gain),) = d.items()
     side = "in" if label.startswith("in") else "out"
     return side, int(label.removeprefix(side) or 0), gain

@@ -77,8 +77,8 @@ def scale_of(rules: Mapping[str, Any], path: str, rank: int) -> Any:
 
 def check_lora(rank: int, dropout: Any, scaling: str, init: str) -> None:
     """Raises ValueError for what no model could make right."""
-    if rank < 1:
-        raise ValueError(f"rank {rank}: a rank is at least 1")
+    if not isinstance(rank, int | np.integer) or rank < 1:
+        raise ValueError(f"rank {rank!r}: a rank is at least 1, and a whole number")
     if not isinstance(dropout, Tracer) and not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout}: expected a probability in [0, 1)")
     if scaling not in ("standard", "rslora"):

@@ -264,7 +264,12 @@ def hooks_of(
         source = f"{site.parent}_norm" if design.reads == "residual" else site.parent
         return with_change(site, call(q, *args, **kwargs), site.stash["attention_input", source])
 
-    def heads(site: Site, call: Any, q: Array, k: Array, v: Array, bias: Any = None, **kwargs: Any) -> Array:
+    def heads(site: Site, call: Any, q: Any, k: Any = None, v: Any = None, bias: Any = None, **kwargs: Any) -> Array:
+        if not all(getattr(x, "ndim", 0) == 4 for x in (q, k, v)):
+            raise ValueError(
+                f"{site.path!r} is no attention core: it is to be called with queries, keys and values of shape (b, t, h, k) "
+                "and a bias, as models.layers.AttentionCore is. A module that makes them itself has none to hook"
+            )
         assert not callable(r)
         shape = (r, k.shape[2], k.shape[3])
         # W_u = 0 makes dh start at zero; a gated prefix is random in both, as its paper has it.

@@ -125,12 +125,18 @@ def save_model(
     *,
     source: str | os.PathLike[str] | None = None,
     max_shard_bytes: int | None = None,
+    labels: Sequence[str] | None = None,
 ) -> None:
     """Write a folder that `load_model` and transformers read; `source` is a folder whose tokenizer files come along.
+
+    `labels` are the names of a classifier's classes.
 
     `params` are checked against the model first: nothing is written where a name, shape or type differs.
     """
     hf = model.hf_config()
+    if labels is not None:
+        hf["id2label"] = {str(i): name for i, name in enumerate(labels)}
+        hf["label2id"] = {name: i for i, name in enumerate(labels)}
     expected = _expected(model)
     tree = params.get("params", params)
     if model.config.scan:

@@ -137,12 +137,15 @@ def parse_options(method: str, options: tuple[str, ...]) -> dict[str, Any]:
     """`("rank=16", "at=**/kernel")` as keyword arguments of the method's factory: JSON values, else strings.
 
     Raises:
-      ConfigError: no "=", or a name that the method does not have; its names are listed.
+      ConfigError: no "=", a name that the method does not have (its names are listed), a word for a number.
     """
     known = inspect.signature(entry(method).factory).parameters
     out = {}
     for option in options:
         name, equals, value = option.partition("=")
+        if not equals and name in known:
+            shown = "..." if known[name].default is None else repr(known[name].default)
+            raise ConfigError(f"option {option!r} for {method} has no value: write name=value, as {name}={shown}")
         if not equals or name not in known:
             names = ", ".join(f"{p.name}={p.default!r}" for p in known.values() if p.name != "name")
             raise ConfigError(f"option {option!r} for {method}{trees.near(name, known)}; it takes {names}")
@@ -150,6 +153,9 @@ def parse_options(method: str, options: tuple[str, ...]) -> dict[str, Any]:
             out[name] = json.loads(value)
         except json.JSONDecodeError:
             out[name] = value
+        # What may be traced, a number, is annotated Any.
+        if isinstance(out[name], str) and known[name].annotation in (Any, int, float, bool, int | None, float | None):
+            raise ConfigError(f"option {option!r} for {method}: {value!r} is a word; expected a number, true or false")
     return out
 
 
@@ -196,9 +202,33 @@ def adapted_model(config: Config, loaded: Loaded, method: Method) -> Adapted:
     return adapt(model.apply, method)
 
 
+def check(config: Config) -> None:
+    """Refuses numbers that no run can have, and what the method does not take.
+
+    Raises:
+      ConfigError: which, and what is expected.
+    """
+    least = dict.fromkeys(("steps", "rate", "head_rate", "weight_decay", "clip", "accumulate", "per_class"), 0)
+    least |= dict.fromkeys(("validate_every", "save_every"), 0) | dict.fromkeys(("max_length", "fsdp"), 1)
+    for name, low in least.items():
+        if not getattr(config, name) >= low:
+            raise ConfigError(f"{name}={getattr(config, name)}: expected {low} or more")
+    if not 0 <= config.warmup < 1:
+        raise ConfigError(f"warmup={config.warmup}: it is a share of the steps, in [0, 1)")
+    if not config.steps and not config.epochs > 0:
+        raise ConfigError(f"epochs={config.epochs}: nothing would be trained; give a positive number, or steps")
+    if jax.device_count() % config.fsdp:
+        raise ConfigError(f"fsdp={config.fsdp} does not divide the {jax.device_count()} devices there are")
+    parse_options(config.method, config.options)
+
+
 def load(config: Config) -> Loaded:
-    """Reads model and data; everything is cached on disk after the first time."""
-    parse_options(config.method, config.options)  # wrong words are said before anything is read
+    """Reads model and data; everything is cached on disk after the first time.
+
+    Raises:
+      ConfigError, DatasetError, AssetError, ModelFolderError.
+    """
+    check(config)  # wrong words are said before anything is read
     dataset = data.load(config.dataset)
     if config.per_class:
         dataset = data.subsample(dataset, per_class=config.per_class, seed=config.seed, short="keep")
@@ -311,6 +341,7 @@ def finetune(
       ConfigError, DatasetError, AssetError, ModelFolderError, PatternError, NonFiniteError, Interrupted.
     """
     began = time.perf_counter()
+    check(config)
     loaded = load(config) if loaded is None else loaded
     method = prepared(config, loaded, build_method(config))
     adapted = adapted_model(config, loaded, method)
@@ -376,10 +407,9 @@ def _placed(
     state = create(jax.jit(init)(key, loaded.params), optimiser, config.seed)
     if jax.device_count() == 1:
         return loaded.params, None, state
-    if config.batch_size % jax.device_count() or jax.device_count() % config.fsdp:
+    if config.batch_size % jax.device_count():
         raise ConfigError(
-            f"batch_size={config.batch_size} and fsdp={config.fsdp} on {jax.device_count()} devices: the batch must "
-            "divide by the devices, the devices by fsdp"
+            f"batch_size={config.batch_size} on {jax.device_count()} devices: the batch must divide by the devices"
         )
     mesh = sharding.make_mesh(jax.device_count() // config.fsdp, config.fsdp)
     place = lambda batch: sharding.place_batch(mesh, batch)

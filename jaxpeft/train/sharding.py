@@ -1,7 +1,7 @@
 """The same step on a mesh: the batch divided, the base divided or repeated, the delta placed with it or repeated.
 
-`place` puts arrays where they belong; jit then compiles one program for the mesh and inserts the communication. Nothing
-about a step changes, and its numbers agree with one device's.
+`place_base`, `place_state` and `place_batch` put arrays where they belong; jit then compiles one program for the mesh and
+inserts the communication. Nothing about a step changes, and its numbers agree with one device's.
 
 Axes of the mesh: "data" divides the batch; "fsdp" divides the batch and the base (fully sharded data parallelism: a
 weight is gathered where it is used); "tensor" divides the products themselves (Shoeybi et al., "Megatron-LM", 2019,
@@ -162,6 +162,6 @@ def put(x: Any, sharding: NamedSharding) -> jax.Array:
 def pmap_step(step: Step, devices: Sequence[Any] | None = None) -> Step:
     """A step made with `axis="devices"` under `jax.pmap`: state and base replicated, batch (devices, rows, ...).
 
-    The main road is jit with `place`; this is for training loops that are built on pmap already.
+    The main road is jit on arrays that were placed; this is for training loops that are built on pmap already.
     """
     return jax.pmap(step, axis_name="devices", in_axes=(0, None, 0), devices=devices)

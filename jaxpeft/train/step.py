@@ -193,7 +193,7 @@ def make_step(
             loss, hits, weight, grads = jax.lax.psum((loss, hits, weight, grads), axis)
         weight = jnp.maximum(weight, 1)
         loss, grads = loss / weight, jax.tree.map(lambda g: g / weight, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, optimiser_state = optimiser.update(grads, state.optimiser, state.learned)
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm)) | (state.first_bad >= 0)
         new = dataclasses.replace(state, learned=optax.apply_updates(state.learned, updates), optimiser=optimiser_state)

@@ -8,9 +8,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from jaxpeft.merge import breadcrumbs, ties
+from jaxpeft.merge.pieces import _Cut
 from jaxpeft.merge.recipe import RecipeError, depths, load_recipe, read_recipe
 from jaxpeft.merge.stack import MergeInputError
 from jaxpeft.merge.streaming import merge_folders
@@ -195,6 +198,18 @@ def test_of_equal_magnitudes_the_first_stay_across_pieces(tmp_path, monkeypatch)
     assert merged(tmp_path, tmp_path / "out", held)["w"].tolist() == [1, 2, 1, 1, 1, 0, 3, 0, 0, 0]
 
 
+@given(n=st.integers(1, 5000), share=st.floats(0, 1), kinds=st.integers(1, 2**20), seed=st.integers(0, 99))
+@example(n=2048, share=0.01, kinds=2**20, seed=0)  # the place of the cut lies behind the last entry by a fraction
+@example(n=384, share=0.05, kinds=2**20, seed=0)
+def test_a_cut_keeps_what_sorting_would_and_of_equal_ones_the_first(n, share, kinds, seed):
+    sizes = np.random.default_rng(seed).integers(0, kinds, n).astype(np.float32)
+    k = int(share * n)
+    kept = _Cut(k, n, sizes).within(sizes)
+    want = np.zeros(n, bool)
+    want[np.argsort(-sizes, kind="stable")[:k]] = True
+    np.testing.assert_array_equal(kept, want)
+
+
 def test_dtypes_shards_whole_numbers_config_and_tokenizer_come_along(zoo, tmp_path):
     held = {k: x.astype(jnp.bfloat16) for k, x in tensors(0).items()} | {"steps": np.arange(3)}
     write(tmp_path / "a", held)
@@ -210,6 +225,7 @@ def test_dtypes_shards_whole_numbers_config_and_tokenizer_come_along(zoo, tmp_pa
     np.testing.assert_array_equal(whole, np.arange(3))  # the first model's
     cast = merge_folders(read_recipe({**recipe, "dtype": "float16"}, tmp_path), tmp_path / "cast")
     assert json.loads((cast / "config.json").read_text())["torch_dtype"] == "float16"
+    assert json.loads((cast / "config.json").read_text())["dtype"] == "float16"
     np.testing.assert_allclose(
         load_file(cast / "model.safetensors")["lm_head.weight"], held["lm_head.weight"].astype(np.float16), atol=2e-3
     )
