@@ -271,6 +271,11 @@ def discover(hooks: Sequence[Hook], call: Call) -> Slots:
             return call.apply_fn(params, *inputs, **call.kwargs)
 
     jax.eval_shape(run, call.params, *call.inputs)
+    if not seen.modules:
+        raise trees.PatternError(
+            "this model calls no modules that hooks could stand at: they see those of a Linen model's `apply` and of "
+            "`from_nnx`; in plain functions of arrays only weights can be adapted"
+        )
     for hook in hooks:
         trees.matches(hook.at, dict.fromkeys(seen.modules), "module")
     return seen.slots

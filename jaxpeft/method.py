@@ -130,7 +130,8 @@ class Adapted(NamedTuple):
         shapes without computing it.
       apply: `(params, delta, *inputs, dropout_key=None, task=None, **kwargs)`, the adapted model. `task` is for methods
         whose delta serves several: a number for the whole batch, or (b,) one for each example (inputs and results then
-        have the examples on their leading axis, `kwargs` are shared); it may be traced. Raises `TaskError`.
+        have the examples on their leading axis, `kwargs` are shared); it may be traced, and is then not checked: a
+        number out of range counts as the nearest. Raises `TaskError`.
       merge: `(params, delta, task=None) -> params` such that `apply_fn(merged, ...)` is the adapted model. Raises
         `MergeError` where no merge exists, `TaskError` as `apply`.
       method: what it was made from.

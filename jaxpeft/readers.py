@@ -80,7 +80,7 @@ def read(
         arrays = [leaves[i] for i in at]
         closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*arrays)
         met = sorted(_marks(closed.jaxpr))
-        if missing := [n for n in wanted if n not in met]:
+        if missing := [n for n in sorted(wanted) if n not in met]:
             raise TapError(f"the model marks no {missing[0]!r}; it marks {met or 'nothing'} (see `readers.named`)")
         times = _passes(closed.jaxpr, place) if place else 0
         if number is not None and not -times <= number < times:

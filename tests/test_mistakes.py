@@ -78,6 +78,17 @@ def test_a_prefix_needs_a_module_that_is_called_with_heads():
             jaxpeft.adapt(attention.apply, method).init(jax.random.key(1), params, x)
 
 
+def test_hooks_on_a_function_without_modules_are_refused_with_what_they_need():
+    with pytest.raises(jaxpeft.PatternError, match=r"calls no modules .* `from_nnx`"):
+        jaxpeft.adapt(model, jaxpeft.houlsby(2)).init(jax.random.key(0), PARAMS, X)
+
+
+def test_a_setting_that_is_missing_is_told_by_its_name():
+    settings = jaxpeft.train.grid(rates=[0.1, 0.2])
+    with pytest.raises(jaxpeft.train.SweepError, match=r"no 'rate', for which `make` asks: rates=0.1"):
+        jaxpeft.sweep(lambda s: s["rate"], settings, PARAMS, [], steps=1)
+
+
 def test_rooms_are_attributes_and_a_misspelt_one_is_told():
     names = ["data", "files", "generate", "hyper", "interchange", "merge", "models", "train", "transfer", "tune"]
     code = "import jaxpeft\n" + "\n".join(f"assert jaxpeft.{name}.__name__ == 'jaxpeft.{name}'" for name in names)

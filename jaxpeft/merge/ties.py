@@ -61,7 +61,7 @@ def ties(
     Args:
       base: theta0.
       models: T fine-tuned models, a list or a stack.
-      keep: K, the share of entries that stay, 0 to 1.
+      keep: K, the share of entries that stay, 0 to 1: exactly floor(K · D) of D; of equal ones the first.
       alpha: lambda.
       agg: step 3: "mean", "sum", or "max", the largest.
       axis: what is trimmed together: "global", the whole model, as in the paper; each "leaf" or "row" of its own.

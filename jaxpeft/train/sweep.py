@@ -236,6 +236,8 @@ def _checked(make: Callable[[Any], Run], settings: PyTree, validated: bool) -> t
         one = _take(settings, i)
         try:
             run = make(one)
+        except KeyError as error:
+            raise SweepError(f"the settings have no {error}, for which `make` asks: {_described(one)}") from error
         except Exception as error:
             raise SweepError(f"setting {i}, {_described(one)}: {error}") from error
         if validated and run.evaluate is None:
