@@ -349,7 +349,9 @@ def lst(
       dropout: of the side network, where `apply` is given a `dropout_key`; None is the model config's.
       std: of the projections D and U at the start, with zero biases; None draws them as linear layers are.
       config: of the model's blocks, where it is not a Linen model that has one: the model must then mark "embedded",
-        "hidden" and "final_hidden" (`readers.named`), and a padding mask is the keyword `attention_mask`.
+        "hidden" and "final_hidden" (as `named(model.apply, {"embed": "embedded", "block_*": "hidden", "norm":
+        "final_hidden"})`), and a padding mask is the keyword `attention_mask`. Of the config's sizes the side network takes
+        `width`, `heads`, `head_dim`, `mlp_width` and `layers`.
       name: the key of its delta in a chain.
 
     Returns:

@@ -93,7 +93,8 @@ def generate(
     """Continues each row by up to `new_tokens` tokens. Pure; jit it as a whole.
 
     Args:
-      step: a model, or several.
+      step: a model with its parameters, `(ids, mask, positions, cache) -> (logits, cache)`, or several: `decoding(model)`,
+        adapted or not, with what comes before the ids closed over.
       cache: the empty cache of each, with room for t + new_tokens - 1 columns.
       ids: prompts, padded on the left.
       mask: 1 at tokens, 0 at padding; all ones if not given. The last column must be a token in every row.
