@@ -66,6 +66,21 @@ def test_a_gradient_step_of_a_method_on_weights_holds_no_copy_of_a_kernel(scan, 
     assert merged >= temporaries["lora"] + KERNEL // 2, "the control: merged weights are formed"
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_where_a_kernel_might_serve_no_copy_is_held_either_and_all_derivatives_are_there(scan, key, monkeypatch):
+    """One device, and rows enough for the Pallas kernel: which product is taken must not show in what a loop saves."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    model, x = Net(scan, False), jnp.ones((16, WIDTH))
+    params = jax.eval_shape(model.init, key, x)
+    adapted = jaxpeft.adapt(model.apply, jaxpeft.lora(2, at="**/kernel"), on_dense="refuse")
+    delta = jax.eval_shape(adapted.init, key, params, x)
+    base = jax.jit(model.apply).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+    allowed = KERNEL + 2 * (base // KERNEL) * KERNEL
+    assert reserved(adapted.apply, params, delta, x) < allowed
+    loss = lambda d, p: jnp.sum(jnp.sin(adapted.apply(p, d, x)))
+    jax.eval_shape(lambda d, p: jax.jvp(jax.grad(lambda e: loss(e, p)), (d,), (d,)), delta, params)
+
+
 def test_dora_holds_no_more_than_its_norm_needs(key):
     """Its norm reads each kernel once; nothing of the kernel's size may be saved for the backward pass."""
     model, x = Net(False, False), jnp.ones((BATCH, WIDTH))

@@ -246,8 +246,9 @@ def parts_of(config: PlanConfig, model: Any, task: Task, mesh: Mesh) -> Parts:
     inputs = batch[:1] if isinstance(batch, data.ImageBatch) else batch[:2]
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), inputs)
     params = jax.eval_shape(model.init, jax.random.key(0), *model.dummy_inputs())
-    # "auto" as it chooses on many devices: a kernel cannot be divided by the compiler.
-    adapted = adapt(model.apply, method_for(config, model), backend="auto" if mesh.size == 1 else "xla")
+    # What "auto" would choose there: the kernel on one TPU; the compiler cannot divide it between several.
+    alone = mesh.size == 1 and aot.TARGETS[read_pod(config.pod).kind].platform == "tpu"
+    adapted = adapt(model.apply, method_for(config, model), backend="pallas" if alone else "xla")
     adapted = adapted._replace(apply=shard_activations(adapted.apply, mesh, config.activations))
 
     def start(params: PyTree) -> PyTree:

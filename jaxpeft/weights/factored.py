@@ -385,8 +385,10 @@ def _low_rank_product(
         )
         return y.reshape(*lead, *outer)
 
-    special = {p: kernel for p in ("cpu", "tpu", "cuda") if choice(p) == "kernel"}
-    return lax.platform_dependent(value, x, **special, default=plain) if special else plain(value, x)
+    # Chosen here and not when the program is lowered: a choice inside the program has for residuals all that its branches
+    # read, so that a scan would keep copies of the weights. Asked for by name, the kernel is there for any platform.
+    platforms = ("tpu", "cuda") if value.backend == "pallas" else (jax.default_backend(),)
+    return kernel(value, x) if any(choice(p) == "kernel" for p in platforms) else plain(value, x)
 
 
 def _conv_term(term: Term, x: Array, params: dict[str, Any], o: str, i: str, k: str) -> Any:
