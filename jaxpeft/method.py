@@ -155,9 +155,9 @@ def adapt(apply_fn: ApplyFn, method: Method, *, on_dense: Policy = "warn", backe
         function. It is never modified.
       method: e.g. `lora(rank=8)`, or several in a `chain`.
       on_dense: what to do where an operation would form an adapted weight in full; see `interpret.lift`.
-      backend: how `x (w + s a b)` is multiplied: "auto" takes the Pallas kernel on TPU where it serves and two products
-        elsewhere, "xla" always two products, "pallas" the kernel on TPU and GPU, "merged" forms the sum first (a dense
-        copy of one weight at a time). `explain` tells what was chosen where.
+      backend: how `x (w + s a b)` is multiplied: "auto" takes the Pallas kernel on TPU (`jax.default_backend()`) where it
+        serves and two products elsewhere, "xla" always two products, "pallas" the kernel on TPU and GPU, "merged" forms
+        the sum first (a dense copy of one weight at a time). `explain` tells what was chosen where.
 
     Raises:
       ValueError: an unknown backend.
