@@ -45,14 +45,26 @@ class Programs:
 
     # ------------------------------------------------------------------------------------------------------ what fits
 
-    def fit(self, settings: PyTree, batch: Any, validation: Sequence[Any], chunk: int | None, limit: int | None) -> int:
-        """Decides how many runs are computed at once, and traces `init` and `evaluate` before anything compiles."""
+    def fit(
+        self,
+        settings: PyTree,
+        batch: Any,
+        validation: Sequence[Any],
+        score: Callable[[dict[str, Any]], float],
+        chunk: int | None,
+        limit: int | None,
+    ) -> int:
+        """Decides how many runs are computed at once; traces `init` and `evaluate` and tries `score` before it compiles."""
         runs = self._runs(0)
         shapes = jax.eval_shape(runs.init, settings, self._params)
         if validation:
             sums = jax.eval_shape(runs.evaluate, shapes, self._params, validation[0])
             if "weight" not in sums:
                 raise SweepError(f"`Run.evaluate` gives {sorted(sums)}; it lacks 'weight', the number of rows")
+            try:
+                score({name: 1.0 for name in sums if name != "weight"})
+            except KeyError as error:
+                raise SweepError(f"`score` asks for {error}; `Run.evaluate` gives {sorted(sums)}") from error
         count = jax.tree.leaves(settings)[0].shape[0]
         units = -(-count // self._unit)
         limit = _device_bytes() if limit is None else limit

@@ -154,7 +154,8 @@ def sweep(
 
     Raises:
       SweepError: settings that disagree on k or cannot be made, bad `steps`, `halve_at` or `keep`, halving without
-        validation, too few batches, a mesh without the axis, a backend that does not tell its memory.
+        validation, a `score` of what there is not, too few batches, a mesh without the axis, a backend that does not
+        tell its memory.
       MemoryLimitError: one run at a time is over the limit.
 
     Example:
@@ -176,7 +177,7 @@ def sweep(
         raise SweepError("no batches: there is nothing to train on")
     source = itertools.chain([first_batch], source)
     programs = Programs(make, params, mesh)
-    chunk = programs.fit(settings, first_batch if largest is None else largest, validation, chunk, memory_limit)
+    chunk = programs.fit(settings, first_batch if largest is None else largest, validation, score, chunk, memory_limit)
 
     alive, held = np.arange(count), None
     ended, ended_runs = [], []

@@ -363,6 +363,8 @@ def test_runs_that_cannot_be_scored_are_refused():
         go(None)
     with pytest.raises(train.SweepError, match=r"gives \['loss'\]; it lacks 'weight'"):
         go(lambda state, params, batch: {"loss": state["w"]})
+    with pytest.raises(train.SweepError, match=r"`score` asks for 'acc'; `Run.evaluate` gives \['loss', 'weight'\]"):
+        train.sweep(minimise, chosen, None, three, steps=1, validation=three, score=lambda m: m["acc"])
     population = jax.eval_shape(train.side_by_side(minimise).init, chosen, None)
     with pytest.raises(ValueError, match="no `evaluate`"):
         jax.eval_shape(
