@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 ROOMS = ("data", "files", "generate", "hyper", "interchange", "merge", "models", "train", "transfer", "tune")
-"""What `import jaxpeft` need not read before it is asked for."""
+"""Attributes that need no import of their own; most are read when they are first asked for."""
 
 __all__ = [
     "DESIGNS",

@@ -171,19 +171,15 @@ def climb(
     keys = [None if key is None else site_key(key, f"{tower.name}/layers_{i}") for i in tower.layers]
     layers = phi.get("layers")
     if side.scan:
-        layers = _stacked([phi[f"layers_{i}"] for i in tower.layers]) if layers is None else layers
+        layers = trees.stack([phi[f"layers_{i}"] for i in tower.layers]) if layers is None else layers
         # The states are slices of one array, which the compiler puts together again without a copy.
-        s, _ = jax.lax.scan(climbed, s, (layers, _stacked(states), _stacked(keys)))
+        s, _ = jax.lax.scan(climbed, s, (layers, trees.stack(states), trees.stack(keys)))
     else:
         for n, i in enumerate(tower.layers):
             s, _ = climbed(s, (phi[f"layers_{i}"] if layers is None else of(layers, n), states[n], keys[n]))
     s = Norm(side).apply({"params": phi["norm"]}, s)
     assert isinstance(s, jax.Array)
     return drop(s, side.dropout, None if key is None else site_key(key, f"{tower.name}/norm"))
-
-
-def _stacked(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def _side_answer(
@@ -273,7 +269,7 @@ def _start(
                 layer["gate"] = jnp.zeros((), dtype)
                 layer["down"] = linear_start(site_key(key, f"{place}/down"), d, w, std, dtype)
             layers[f"layers_{i}"] = layer
-        phi |= {"layers": _stacked(list(layers.values()))} if side.scan else layers
+        phi |= {"layers": trees.stack(list(layers.values()))} if side.scan else layers
         if source is not None and "final_norm" in source:
             phi["norm"] = cast(source["final_norm"])
         else:

@@ -10,7 +10,7 @@ Reference: Devlin et al., "BERT", NAACL 2019; Liu et al., "RoBERTa", 2019; Wang 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -264,11 +264,15 @@ def mean_pool(hidden: Float[Array, "b t d"], mask: Int[Array, "b s"] | None) -> 
     return (total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)).astype(hidden.dtype)
 
 
+def label_names(names: Sequence[str]) -> dict[str, Any]:
+    """The names of classes as a `config.json` has them."""
+    return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
+
+
 def with_labels(hf: dict[str, Any], num_labels: int) -> dict[str, Any]:
     """`hf` with label names for `num_labels` classes, the old names kept where their number fits."""
     if len(hf.get("id2label") or ()) != num_labels:
-        hf["id2label"] = {str(i): f"LABEL_{i}" for i in range(num_labels)}
-        hf["label2id"] = {f"LABEL_{i}": i for i in range(num_labels)}
+        hf |= label_names([f"LABEL_{i}" for i in range(num_labels)])
     hf.pop("num_labels", None)
     return hf
 

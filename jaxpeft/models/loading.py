@@ -20,7 +20,7 @@ from jaxtyping import Array
 from jaxpeft.models import clip, decoder, encoder, encoder_decoder, vit
 from jaxpeft.models.clip import Clip, ClipConfig
 from jaxpeft.models.decoder import Decoder, DecoderConfig
-from jaxpeft.models.encoder import Encoder, EncoderConfig, SequenceClassifier
+from jaxpeft.models.encoder import Encoder, EncoderConfig, SequenceClassifier, label_names
 from jaxpeft.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from jaxpeft.models.folder import (
     FLOATS,
@@ -135,8 +135,7 @@ def save_model(
     """
     hf = model.hf_config()
     if labels is not None:
-        hf["id2label"] = {str(i): name for i, name in enumerate(labels)}
-        hf["label2id"] = {name: i for i, name in enumerate(labels)}
+        hf |= label_names(labels)
     expected = _expected(model)
     tree = params.get("params", params)
     if model.config.scan:

@@ -62,7 +62,7 @@ class Programs:
             if "weight" not in sums:
                 raise SweepError(f"`Run.evaluate` gives {sorted(sums)}; it lacks 'weight', the number of rows")
             try:
-                score({name: 1.0 for name in sums if name != "weight"})
+                score({name: np.ones(x.shape[1:])[()] for name, x in sums.items() if name != "weight"})
             except KeyError as error:
                 raise SweepError(f"`score` asks for {error}; `Run.evaluate` gives {sorted(sums)}") from error
         count = jax.tree.leaves(settings)[0].shape[0]

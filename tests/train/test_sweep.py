@@ -365,6 +365,12 @@ def test_runs_that_cannot_be_scored_are_refused():
         go(lambda state, params, batch: {"loss": state["w"]})
     with pytest.raises(train.SweepError, match=r"`score` asks for 'acc'; `Run.evaluate` gives \['loss', 'weight'\]"):
         train.sweep(minimise, chosen, None, three, steps=1, validation=three, score=lambda m: m["acc"])
+    table = lambda state, params, batch: {"hits": jnp.full((2, 2), state["w"][0]), "weight": jnp.ones(())}
+    scored = lambda s: minimise(s)._replace(evaluate=table)
+    result = train.sweep(
+        scored, chosen, None, three, steps=1, validation=three, score=lambda m: float(m["hits"][0, 1].item())
+    )
+    assert result.results[0].score == result.results[0].means["hits"][0, 1], "what is summed may have axes of its own"
     population = jax.eval_shape(train.side_by_side(minimise).init, chosen, None)
     with pytest.raises(ValueError, match="no `evaluate`"):
         jax.eval_shape(
